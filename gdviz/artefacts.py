@@ -1,0 +1,116 @@
+"""Files that are either whole or absent: atomic writes, fingerprints, JSONL, safe tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line, without a traceback."""
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary sibling of ``path`` and renames it into place on success.
+
+    A reader, a crash or a full disk therefore never meets a half-written file.
+
+    Raises:
+        UserError: the disk refused the write; ``path`` is left as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process number keeps two workers that write the same artefact apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def fingerprint(*values: Any) -> str:
+    """Sixteen hexadecimal digits that change when any of ``values`` does."""
+    text = json.dumps([plain(v) for v in values], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_json(path: Path | str, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
+
+
+def load_json(path: Path | str) -> Any:
+    """Raises UserError when the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it to have it made again") from None
+
+
+def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> None:
+    """Tensors and a JSON description in one safetensors file."""
+    flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(flat, temporary, metadata={"meta": json.dumps(plain(meta))})
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Raises UserError when the file is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to have it made again") from None
+
+
+def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
+    """Module and optimiser state, nested as PyTorch nests it; read back with ``weights_only``."""
+    with atomic(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what the zip writer raises on a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Raises UserError when the file is damaged; never unpickles code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); delete it to start that step again") from None

@@ -1,0 +1,131 @@
+"""What a run is made of, as frozen dataclasses, and the three profiles. Command-line flags come from these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+METHODS = ("labels", "kd-best", "kd-uniform", "logits-graph", "representation-graph", "both-graphs", "both-shuffled")
+
+
+@dataclass(frozen=True)
+class MotionData:
+    """The embedded data set: videos per class in each part."""
+
+    labelled: int = 10
+    """labelled training videos per class"""
+    unlabelled: int = 180
+    """unlabelled training videos per class"""
+    test: int = 50
+    """test videos per class"""
+    size: int = 64
+    """side of a video, in pixels"""
+    frames: int = 24
+    """frames of a video"""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """How a video becomes the clips that networks see."""
+
+    size: int = 24
+    """videos are resized to a square of this side, in pixels"""
+    frames: int = 24
+    """frames kept of each video, spread evenly over it"""
+    length: int = 8
+    """frames of a clip"""
+    stride: int = 2
+    """kept frames from one frame of a clip to the next"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One training: AdamW, linear warm-up over a tenth, then a cosine to zero."""
+
+    epochs: int
+    batch: int = 64
+    lr: float = 3e-3
+    weight_decay: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Pre-training and fitting of the teachers."""
+
+    tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
+    """pretext tasks, one teacher each"""
+    backbone: str = "tiny16"
+    pretrain: Schedule = Schedule(epochs=14)
+    fit: Schedule = Schedule(epochs=60, batch=16, lr=5e-3)
+    """fitting on the labelled part"""
+    folds: int = 3
+    """cross-fitting folds: every labelled clip is judged by a teacher that has not seen its label"""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """How edge weights are learned from evidence about the teachers."""
+
+    eta: float = 0.25
+    """temperature of the closed form over teachers, in units of the mean ground cost"""
+    eta_pairs: float = 0.1
+    """temperature over pairs of teachers, in units of CKA"""
+    floor: float = 0.05
+    """share of the weight spread evenly, so that every teacher stays heard"""
+    refreshes: int = 8
+    """moments of a training at which the weights are learned anew"""
+    gate_steps: int = 10
+    """steps of the gate between two moments"""
+    alpha: float = 0.5
+    """share of the label-based term in a labelled clip's evidence"""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Training of the student through the graphs."""
+
+    student: str = "tiny8"
+    schedule: Schedule = Schedule(epochs=16)
+    labelled_batch: int = 16
+    """labelled clips a step, beside schedule.batch clips of the whole training part"""
+    temperature: float = 2.0
+    eps: float = 0.1
+    """entropic regularisation, relative to the mean ground cost"""
+    beta: float = 1.0
+    """weight of the consensus in the logits graph"""
+    logits_scale: float = 1.0
+    """gradient norm of the logits graph relative to that of the cross-entropy"""
+    representation_scale: float = 0.3
+    """gradient norm of the representation graph relative to that of the cross-entropy"""
+    edges: Edges = Edges()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A whole run."""
+
+    motion: MotionData = MotionData()
+    """the embedded data; unused with --data"""
+    view: View = View()
+    teachers: Teachers = Teachers()
+    distillation: Distillation = Distillation()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] = METHODS
+
+
+def _profiles() -> dict[str, Profile]:
+    smoke = Profile()
+    workshop = replace(smoke)
+    paper = Profile(
+        view=View(size=112, frames=64, length=16, stride=2),
+        teachers=Teachers(
+            backbone="r3d_18",
+            pretrain=Schedule(epochs=200, batch=64, lr=1e-3, weight_decay=0.05),
+            fit=Schedule(epochs=60, batch=32, lr=5e-4, weight_decay=0.05),
+        ),
+        distillation=Distillation(student="tiny32", schedule=Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02)),
+    )
+    return {"smoke": smoke, "workshop": workshop, "paper": paper}
+
+
+PROFILES = _profiles()

@@ -1,0 +1,123 @@
+"""Which videos there are: a folder of class sub-folders, or a CSV, as one list of clips split by group."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gdviz.artefacts import UserError
+from gdviz.data.reader import EXTENSIONS
+
+# Clips cut from one recording must not fall on both sides of a split. File names that say which:
+GROUP_PATTERNS = {
+    "UCF101": re.compile(r"^v_.+_(g\d+)_c\d+$"),
+    "UT-Interaction": re.compile(r"^set\d+_\d+_(\d+)_\d+$"),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    path: Path
+    label: str  # empty: unlabelled
+    group: str
+    split: str = ""  # train, unlabelled or test
+
+
+def _group(path: Path) -> str:
+    for pattern in GROUP_PATTERNS.values():
+        if match := pattern.match(path.stem):
+            return match.group(1)
+    return path.stem
+
+
+def _read_folder(root: Path) -> list[Clip]:
+    clips = []
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in EXTENSIONS and path.is_file():
+            clips.append(Clip(path, path.parent.name if path.parent != root else "", _group(path)))
+    if not clips:
+        raise UserError(f"--data {root}: no videos in it; expected one sub-folder a class, holding {' '.join(sorted(EXTENSIONS))} files")
+    return clips
+
+
+def _read_csv(file: Path) -> list[Clip]:
+    with open(file, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    if not rows or "path" not in rows[0]:
+        raise UserError(f"--data {file}: needs a header line with at least the column 'path' (then: label, group, split)")
+    clips = []
+    for row in rows:
+        path = file.parent / row["path"]
+        label, split = row.get("label") or "", row.get("split") or ""
+        clips.append(Clip(path, label, row.get("group") or _group(path), split))
+    return clips
+
+
+def read_clips(source: Path | str) -> list[Clip]:
+    """Lists the videos of a folder (class sub-folders; files beside them are unlabelled) or a CSV.
+
+    Raises:
+        UserError: nothing there, one class only, or a class with a single clip.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"--data {source}: no such folder or CSV file")
+    clips = _read_folder(source) if source.is_dir() else _read_csv(source)
+    check_classes(clips, source)
+    return clips
+
+
+def check_classes(clips: list[Clip], source: Path) -> None:
+    """Raises UserError unless there are two classes or more with two clips or more each."""
+    counts = Counter(clip.label for clip in clips if clip.label)
+    if len(counts) < 2:
+        raise UserError(f"--data {source}: {len(counts)} class found ({', '.join(counts) or 'none'}); a classifier needs two or more")
+    if poor := sorted(label for label, n in counts.items() if n < 2):
+        raise UserError(f"--data {source}: class {poor[0]!r} has a single usable clip; each class needs one to train on and one to test on")
+
+
+def split_by_group(clips: list[Clip], *, test: float = 0.3, seed: int = 0) -> list[Clip]:
+    """Puts whole groups into the training or the test part, unless the clips say where they belong.
+
+    Groups are drawn at random until the test part holds about ``test`` of the labelled clips and
+    both parts hold every class; a class that lives in one group only is split within it.
+
+    Raises:
+        UserError: the given splits put one group on both sides.
+    """
+    if any(clip.split for clip in clips):
+        sides = {split: {c.group for c in clips if c.split == split} for split in ("train", "unlabelled", "test")}
+        leaks = sorted(sides["test"] & (sides["train"] | sides["unlabelled"]))
+        if leaks:
+            raise UserError(f"group {leaks[0]!r} is on both sides of the given split: its clips would leak into the test part")
+        return [c if c.label or c.split == "unlabelled" else replace(c, split="unlabelled") for c in clips]
+    labelled = [clip for clip in clips if clip.label]
+    rng = np.random.default_rng(seed)
+    classes = {clip.label for clip in labelled}
+    groups = sorted({clip.group for clip in labelled})
+    for _ in range(200):
+        held, chosen = 0, set()
+        for group in rng.permutation(groups):
+            if held >= test * len(labelled):
+                break
+            chosen.add(str(group))
+            held += sum(clip.group == group for clip in labelled)
+        parts = ({c.label for c in labelled if (c.group in chosen) == side} for side in (True, False))
+        if all(part == classes for part in parts):
+            break
+    else:
+        raise UserError("no split by group leaves every class on both sides: give a CSV with a 'split' column (train, unlabelled, test)")
+    out = []
+    for clip in clips:
+        # An unlabelled clip of a test group may still be seen by nobody: its group mates are tested.
+        if clip.group in chosen:
+            if clip.label:
+                out.append(replace(clip, split="test"))
+        else:
+            out.append(replace(clip, split="train" if clip.label else "unlabelled"))
+    return out

@@ -1,0 +1,187 @@
+"""The embedded data set: short videos whose class is the motion and nothing else.
+
+A random textured shape lies on a random drifting background and does one of eight things. Every
+quantity that a motion changes is *cyclic* and starts uniformly distributed: position on a torus,
+orientation on a circle, size on a Shepard scale (two nested copies, half an octave apart, fade in
+and out). So the law of any single frame is the same for all classes: no frame tells the class,
+by construction; ``gdviz.evaluate.frame_baselines`` measures it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm.auto import tqdm
+
+from gdviz.artefacts import UserError, atomic, file_sha256, fingerprint, load_json, save_json
+from gdviz.config import MotionData
+
+CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "grow", "shrink")
+FPS = 12
+VERSION = 1  # raise when the renderer changes: sets made by the old one are then made again
+
+
+@dataclass(frozen=True)
+class _Texture:
+    """Random Fourier modes with a colour each: a smooth pattern, periodic on [-1, 1]^2."""
+
+    k: np.ndarray  # (modes, 2) whole wave numbers
+    phase: np.ndarray  # (modes,)
+    colour: np.ndarray  # (modes, 3)
+    base: np.ndarray  # (3,)
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, modes: int, top: int, contrast: float, tone: tuple[float, float]) -> _Texture:
+        k = rng.integers(-top, top + 1, size=(modes, 2))
+        colour = contrast * rng.normal(size=(modes, 3)) / math.sqrt(modes)
+        return cls(k, rng.uniform(0, 2 * math.pi, modes), colour, rng.uniform(*tone, 3))
+
+    def paint(self, x: np.ndarray, y: np.ndarray, turn: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Colours [T, S, S, 3] at axis coordinates x, y [T, S], rotated by ``turn`` and divided by ``scale`` [T].
+
+        A wave over a rotated grid is a product of a wave in x and a wave in y: no [T, S, S, modes] array.
+        """
+        rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], -1).reshape(-1, 2, 2)
+        k = math.pi * np.einsum("mi,tij->tmj", self.k, rotation) / scale[:, None, None]  # (T, modes, 2)
+        along_x = np.exp(1j * (k[..., :1] * x[:, None] + self.phase[:, None])).astype(np.complex64)  # (T, modes, S)
+        along_y = np.exp(1j * k[..., 1:] * y[:, None]).astype(np.complex64)
+        tinted = along_x[..., None] * self.colour[:, None].astype(np.float32)  # (T, modes, S, 3)
+        frames, modes, size = along_x.shape
+        waves = along_y.transpose(0, 2, 1) @ tinted.reshape(frames, modes, size * 3)
+        return waves.real.reshape(frames, size, size, 3) + self.base.astype(np.float32)
+
+
+def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.ndarray:
+    """Draws one video.
+
+    Args:
+        label: index into ``CLASSES``.
+        seed: everything but the class is drawn from it.
+        size: side, in pixels.
+        frames: length.
+
+    Returns:
+        uint8 array [frames, size, size, 3].
+    """
+    rng = np.random.default_rng([seed, 20180713])
+    time = np.arange(frames)
+    axis = (np.arange(size) + 0.5) / size * 2 - 1
+    still, unit = np.zeros(frames), np.ones(frames)
+    shake_x, shake_y = rng.normal(scale=0.02, size=(2, frames))
+    drift, drift_speed = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.03)
+    background = _Texture.draw(rng, 6, 3, contrast=0.10, tone=(0.10, 0.70)).paint(
+        axis + (shake_x + drift_speed * math.cos(drift) * time)[:, None],
+        axis + (shake_y + drift_speed * math.sin(drift) * time)[:, None],
+        still,
+        unit,
+    )
+    name, speed = CLASSES[label], rng.uniform(0.6, 1.4)
+    heading = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(name, (0, 0))
+    px, py = (rng.uniform(-1, 1) + speed * 0.075 * time * way for way in heading)
+    turn = rng.uniform(0, 2 * math.pi) + speed * 0.20 * time * {"clockwise": 1, "anticlockwise": -1}.get(name, 0)
+    phase = rng.uniform() + speed * 0.055 * time * {"grow": 1, "shrink": -1}.get(name, 0)
+
+    lobes = rng.uniform(0.5, 1.5, 3) * (0.10, 0.30, 0.10) * np.exp(1j * rng.uniform(0, 2 * math.pi, 3))
+    skin = _Texture.draw(rng, 5, 2, contrast=0.30, tone=(0.30, 0.90))
+    # The nearest image of the object on the torus: what leaves on one side enters on the other.
+    dx = (axis - (px + shake_x)[:, None] + 1) % 2 - 1  # (T, S)
+    dy = (axis - (py + shake_y)[:, None] + 1) % 2 - 1
+    levels = np.sort([phase % 1, (phase + 0.5) % 1], axis=0)[::-1]  # the larger copy lies behind
+    image = background
+    for level in levels:
+        scale = 0.30 * 3.2**level  # half width, as a share of half the picture
+        z = (dx[:, None, :] + 1j * dy[:, :, None]) * (np.exp(-1j * turn) / scale)[:, None, None]  # (T, S, S)
+        radius = np.abs(z) + 1e-9
+        ray = z / radius
+        edge = 1 + (ray * (lobes[0] + ray * (lobes[1] + ray * lobes[2]))).real
+        softness = np.clip((edge - radius) * (scale * size / 1.2)[:, None, None], -30, 30)
+        alpha = np.sin(math.pi * level)[:, None, None] / (1 + np.exp(-softness))
+        image = image + alpha[..., None] * (skin.paint(dx, dy, turn, scale) - image)
+    image = image + rng.normal(scale=0.02, size=image.shape)
+    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def encode(frames: np.ndarray, path: Path, *, fps: int = FPS) -> None:
+    """Writes uint8 frames [T, H, W, 3] as an H.264 mp4 file, atomically."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        # No B-frames: decord's last frame of such files depends on timing.
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "20", "bf": "0", "threads": "1"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _write(row: dict[str, str], root: Path, size: int, frames: int) -> dict[str, str]:
+    path = root / row["path"]
+    encode(render(CLASSES.index(row["motion"]), int(row["seed"]), size=size, frames=frames), path)
+    return row | {"sha256": file_sha256(path), "bytes": str(path.stat().st_size)}
+
+
+def _plan(cfg: MotionData) -> list[dict[str, str]]:
+    """One row a video. The unlabelled part keeps its motion in the index for audits, never as a label."""
+    rows, seed = [], cfg.seed * 1_000_000
+    for split, per_class in (("train", cfg.labelled), ("unlabelled", cfg.unlabelled), ("test", cfg.test)):
+        for i in range(per_class):
+            for motion in CLASSES:
+                label = "" if split == "unlabelled" else motion
+                path = f"{split}/{seed:08d}.mp4" if not label else f"{split}/{label}/{seed:08d}.mp4"
+                rows.append(dict(path=path, label=label, group=str(seed), split=split, motion=motion, seed=str(seed)))
+                seed += 1
+    return rows
+
+
+def make_motion(root: Path | str, cfg: MotionData, *, workers: int = 1) -> Path:
+    """Writes the set once as mp4 files with an index and checksums; later calls find it there.
+
+    Args:
+        root: folder to hold one folder per configuration.
+        cfg: sizes and seed.
+        workers: processes that draw and encode.
+
+    Returns:
+        The folder, which holds ``index.csv`` (path, label, group, split, motion, seed, sha256, bytes).
+
+    Raises:
+        UserError: the folder exists but one of its files is missing.
+    """
+    stamp = fingerprint(cfg, VERSION)
+    root = Path(root) / f"motion-{stamp[:8]}"
+    done = root / "complete.json"
+    if done.exists():
+        missing = [row["path"] for row in read_index(root) if not (root / row["path"]).exists()]
+        if missing:
+            raise UserError(f"{root}: {len(missing)} videos are gone, first {missing[0]}; delete the folder to make it again")
+        if load_json(done)["index_sha256"] == file_sha256(root / "index.csv"):
+            return root
+    rows = _plan(cfg)
+    work = partial(_write, root=root, size=cfg.size, frames=cfg.frames)
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            rows = list(tqdm(pool.map(work, rows, chunksize=32), total=len(rows), desc="drawing videos", unit="video"))
+    else:
+        rows = [work(row) for row in tqdm(rows, desc="drawing videos", unit="video")]
+    with atomic(root / "index.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    save_json(done, {"config": cfg, "version": VERSION, "videos": len(rows), "index_sha256": file_sha256(root / "index.csv")})
+    return root
+
+
+def read_index(root: Path) -> list[dict[str, str]]:
+    with open(root / "index.csv", newline="") as file:
+        return list(csv.DictReader(file))

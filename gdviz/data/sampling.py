@@ -1,0 +1,58 @@
+"""Clips out of videos: where a clip starts, how its frames are spaced, how it is seen."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+from torch.nn.functional import pad
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 [..., f, h, w, 3] to float32 [..., f, 3, h, w], centred and of about unit variance."""
+    return frames.movedim(-1, -3).float().div_(255).sub_(0.5).div_(0.25)
+
+
+def sample_clips(
+    videos: Float[Tensor, "b f 3 h w"], length: int, stride: int | Tensor, rng: Generator | None = None
+) -> Float[Tensor, "b 3 t h w"]:
+    """Takes one clip of ``length`` frames, ``stride`` frames apart, from each video.
+
+    Args:
+        videos: decoded videos.
+        length: frames of a clip.
+        stride: distance between frames; one for all, or one a video [b]. Lowered to the largest
+            that fits when the videos are too short for it.
+        rng: draws the starts uniformly; None centres the clips (evaluation).
+
+    Raises:
+        ValueError: the videos have fewer frames than a clip.
+    """
+    count, frames = videos.shape[:2]
+    if frames < length:
+        raise ValueError(f"a clip of {length} frames does not fit a video of {frames}: lower the clip length or raise the frames kept")
+    stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
+    room = frames - 1 - stride * (length - 1)  # (b,)
+    start = room // 2 if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long()
+    index = start[:, None] + stride[:, None] * torch.arange(length)  # (b, t)
+    rows = torch.arange(count)[:, None]
+    return videos[rows.to(videos.device), index.to(videos.device)].transpose(1, 2)
+
+
+def augment(clips: Float[Tensor, "b 3 t h w"], rng: Generator, strength: float = 1.0) -> Float[Tensor, "b 3 t h w"]:
+    """Random shift by up to a twelfth of the side, brightness, contrast and colour balance.
+
+    The same for all frames of a clip, so that motion is left alone; no flip, which would turn
+    "left" into "right".
+    """
+    count, _, _, height, width = clips.shape
+    margin = max(1, width // 12)
+    padded = pad(clips.flatten(1, 2), [margin] * 4, mode="replicate").unflatten(1, clips.shape[1:3])
+    shift = torch.randint(2 * margin + 1, (count, 2), generator=rng)
+    rows = (shift[:, :1] + torch.arange(height)).to(clips.device)  # (b, h)
+    columns = (shift[:, 1:] + torch.arange(width)).to(clips.device)
+    padded = padded.gather(3, rows[:, None, None, :, None].expand(-1, *padded.shape[1:3], -1, padded.shape[4]))
+    moved = padded.gather(4, columns[:, None, None, None, :].expand(-1, *padded.shape[1:4], -1))
+    gain = torch.exp(0.2 * strength * torch.randn(count, 3, 1, 1, 1, generator=rng))
+    offset = 0.2 * strength * torch.randn(count, 3, 1, 1, 1, generator=rng)
+    return moved * gain.to(clips) + offset.to(clips)

@@ -1,0 +1,86 @@
+"""Learned edges of both graphs, over time: from evidence about the teachers, never from the student.
+
+Because nothing here depends on the student, the whole path of the weights over a training is
+learned before it, once for all students of a seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from gdviz.config import Edges as EdgesConfig
+from gdviz.graphs import Gate, LogitsGraph, RepresentationGraph, closed_form, evidence
+from gdviz.graphs.kernels import unbiased_cka
+from gdviz.knowledge import Knowledge
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edge weights at R moments of a training; rows n are videos."""
+
+    teachers: Float[Tensor, "r n k"]
+    consensus: Float[Tensor, "r n c"]
+    pairs: Float[Tensor, "r e"]
+
+    def at(self, progress: float) -> int:
+        """The moment in force when a share ``progress`` in [0, 1) of the training is done."""
+        return int(progress * len(self.teachers))
+
+
+def learn_edges(
+    knowledge: Knowledge, logits_graph: LogitsGraph, representation_graph: RepresentationGraph, cfg: EdgesConfig, *, seed: int
+) -> Edges:
+    """Learns both graphs' edge weights.
+
+    Teachers: ``w_n = floor(softmax(log gate_n - c_n / eta))``, the closed form of
+    ``min_w <w, c_n> + eta KL(w || gate_n)``, with evidence ``c`` (``gdviz.graphs.evidence``) and a
+    gate that starts uniform and descends the cross-entropy of the mixture ``sum_k gate_nk p_nk`` on
+    out-of-fold outputs of labelled clips, ``cfg.gate_steps`` steps from one moment to the next.
+
+    Pairs: ``v = floor(softmax(CKA / eta_pairs))``. The CKA with the label Gram matrix is taken
+    within each fold (features of different folds live in different spaces) on a random half of its
+    clips, and averaged over folds and over the moments so far.
+
+    Source: ours (see docs/method.md).
+    """
+    probs, labels = knowledge.probs(), knowledge.labels
+    known = (labels >= 0).nonzero().squeeze(1)
+    cost = evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
+    softened = knowledge.probs(logits_graph.temperature)
+    gate = Gate(torch.full((probs.shape[1],), 1 / probs.shape[1]).log(), floor=cfg.floor)
+    optimiser = torch.optim.Adam(gate.parameters(), lr=0.05)
+    rng = Generator().manual_seed(seed)
+    weights, consensus, pairs, agreement = [], [], [], []
+    for moment in range(cfg.refreshes):
+        for _ in range(cfg.gate_steps if moment else 0):
+            mixture = (gate(probs[known]) * probs[known, :, labels[known]]).sum(1)
+            optimiser.zero_grad()
+            (-mixture.clamp(min=1e-6).log().mean()).backward()
+            optimiser.step()
+        with torch.no_grad():
+            # The evidence enters with the gate: the first moment is the uniform prior, as a reference.
+            scale = moment / max(cfg.refreshes - 1, 1)
+            weights.append(closed_form(cost * scale, eta=cfg.eta, log_prior=gate(probs).log(), floor=cfg.floor))
+            consensus.append(logits_graph.consensus(softened, weights[-1]))
+            agreement.append(_pair_agreement(knowledge, representation_graph, known, rng))
+            mean_agreement = torch.stack(agreement).mean(0)
+            pairs.append(closed_form(-mean_agreement * scale, eta=cfg.eta_pairs, floor=cfg.floor))
+    return Edges(torch.stack(weights), torch.stack(consensus), torch.stack(pairs))
+
+
+def _pair_agreement(knowledge: Knowledge, graph: RepresentationGraph, known: Tensor, rng: Generator) -> Float[Tensor, " e"]:
+    """Mean over folds of the CKA between pair Gram matrices and the label Gram matrix, on half of each fold."""
+    out = []
+    for fold in range(int(knowledge.fold.max()) + 1):
+        rows = known[knowledge.fold[known] == fold]
+        rows = rows[torch.randperm(len(rows), generator=rng)[: max(4, len(rows) // 2)]]
+        if len(rows) < 4:
+            continue
+        labels = knowledge.labels[rows]
+        same = (labels[:, None] == labels[None, :]).float()
+        out.append(unbiased_cka(graph.pair_grams([f[rows] for f in knowledge.features]), same))
+    return torch.stack(out).mean(0) if out else torch.zeros(len(graph.pairs))

@@ -1,0 +1,64 @@
+"""The two graphs between teachers and student, and the tensor code they rest on."""
+
+from gdviz.graphs.costs import average_costs, check_cost, cost_from_means, cost_from_rows, zero_one_cost
+from gdviz.graphs.logits import JointMatching, LogitsGraph, ordered_matching_cost, pairwise_matching_cost
+from gdviz.graphs.representation import RepresentationGraph
+from gdviz.graphs.sketch import TensorSketch
+from gdviz.graphs.transport import (
+    Barycenter,
+    ConvergenceWarning,
+    Transport,
+    barycenter,
+    glue,
+    self_cost,
+    sinkhorn,
+    sinkhorn_divergence,
+    transport_cost,
+)
+from gdviz.graphs.weights import (
+    Gate,
+    closed_form,
+    effective_number,
+    entropic,
+    entropy_based,
+    evidence,
+    fit_gate,
+    gated,
+    pair_weights,
+    teacher_prior,
+    uniform,
+)
+
+__all__ = [
+    "Barycenter",
+    "ConvergenceWarning",
+    "Gate",
+    "JointMatching",
+    "LogitsGraph",
+    "RepresentationGraph",
+    "TensorSketch",
+    "Transport",
+    "average_costs",
+    "barycenter",
+    "check_cost",
+    "closed_form",
+    "cost_from_means",
+    "cost_from_rows",
+    "effective_number",
+    "entropic",
+    "entropy_based",
+    "evidence",
+    "fit_gate",
+    "gated",
+    "glue",
+    "ordered_matching_cost",
+    "pair_weights",
+    "pairwise_matching_cost",
+    "self_cost",
+    "sinkhorn",
+    "sinkhorn_divergence",
+    "teacher_prior",
+    "transport_cost",
+    "uniform",
+    "zero_one_cost",
+]

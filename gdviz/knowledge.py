@@ -1,0 +1,72 @@
+"""What frozen teachers know: their outputs on every video, stacked, and the ground cost they imply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from gdviz.config import Distillation
+from gdviz.data.videos import VideoSet
+from gdviz.graphs import LogitsGraph, RepresentationGraph, average_costs, cost_from_means
+from gdviz.teachers import TeacherOutputs
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the frozen teachers say of every video of the set; rows are videos."""
+
+    teachers: tuple[str, ...]
+    logits: Float[Tensor, "n k c"]  # divided by each teacher's calibration temperature
+    features: list[Float[Tensor, "n d"]]
+    labels: Tensor  # (n,) labels of the labelled training part, else -1
+    fold: Tensor  # (n,) cross-fitting fold of a labelled video, else -1
+
+    def probs(self, temperature: float = 1.0) -> Float[Tensor, "n k c"]:
+        return torch.softmax(self.logits / temperature, dim=-1)
+
+    def shuffled(self, rows: Tensor, seed: int) -> Knowledge:
+        """The control: what is known of the clips in ``rows``, dealt to the wrong ones of them."""
+        order = torch.arange(len(self.labels))
+        order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
+        return replace(self, logits=self.logits[order], features=[f[order] for f in self.features])
+
+    def best_teacher(self) -> str:
+        """The one most often right out of fold on the labelled clips: a choice that needs no test labels."""
+        known = self.labels >= 0
+        right = (self.logits[known].argmax(-1) == self.labels[known, None]).float().mean(0)
+        return self.teachers[int(right.argmax())]
+
+
+def gather(outputs: dict[str, TeacherOutputs], videos: VideoSet) -> Knowledge:
+    """Stacks the teachers' outputs. Labels outside the labelled training part are not passed on."""
+    known = torch.tensor([split == "train" for split in videos.splits])
+    return Knowledge(
+        teachers=tuple(outputs),
+        logits=torch.stack([o.logits / o.temperature for o in outputs.values()], 1),
+        features=[o.features for o in outputs.values()],
+        labels=torch.where(known, videos.labels, -1),
+        fold=next(iter(outputs.values())).fold,
+    )
+
+
+def ground_cost(knowledge: Knowledge) -> Float[Tensor, "c c"]:
+    """Distances between class means of the teachers' out-of-fold logits, averaged over teachers."""
+    known, classes = knowledge.labels >= 0, knowledge.logits.shape[-1]
+    per_teacher = knowledge.logits[known].unbind(1)
+    return average_costs([cost_from_means(z, knowledge.labels[known], classes) for z in per_teacher])
+
+
+def build_graphs(
+    knowledge: Knowledge, student_dim: int, rows: Tensor, cfg: Distillation
+) -> tuple[LogitsGraph, RepresentationGraph]:
+    """Both graphs over the teachers; ``rows`` (the training videos) set the feature scales."""
+    logits_graph = LogitsGraph(
+        knowledge.teachers, ground_cost(knowledge), eps=cfg.eps, beta=cfg.beta, temperature=cfg.temperature, tol=1e-4
+    )
+    dims = [f.shape[1] for f in knowledge.features]
+    representation_graph = RepresentationGraph(knowledge.teachers, dims, student_dim)
+    representation_graph.fit_scalers([f[rows] for f in knowledge.features])
+    return logits_graph, representation_graph

@@ -1,0 +1,93 @@
+"""Backbones by name, the classifier on top, and what they weigh."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models import video as zoo
+
+
+class Backbone(nn.Module):
+    """A trunk that maps clips to feature maps, and their mean over space and time."""
+
+    def __init__(self, trunk: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.trunk, self.dim = trunk, dim
+
+    def maps(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d t2 h2 w2"]:
+        return self.trunk(clips.contiguous(memory_format=torch.channels_last_3d))
+
+    def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d"]:
+        return self.maps(clips).mean((2, 3, 4))
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear layer: logits and the features they come from."""
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fc = nn.Linear(backbone.dim, classes)
+
+    def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
+        features = self.backbone(clips)
+        return self.fc(features), features
+
+
+class _Block(nn.Module):
+    """(2+1)D residual block: a spatial convolution, then a temporal one (Tran et al. 2018)."""
+
+    def __init__(self, inputs: int, outputs: int, space: int, time: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(inputs, outputs, (1, 3, 3), (1, space, space), (0, 1, 1), bias=False),
+            nn.BatchNorm3d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(outputs, outputs, (3, 1, 1), (time, 1, 1), (1, 0, 0), bias=False),
+            nn.BatchNorm3d(outputs),
+        )
+        same = inputs == outputs and space == time == 1
+        self.skip = nn.Identity() if same else nn.Conv3d(inputs, outputs, 1, (time, space, space), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def _tiny(width: int) -> Backbone:
+    """A small R(2+1)D for clips of 24 to 64 pixels; ``width`` channels after the stem, four times as many at the end."""
+    stem = nn.Sequential(
+        nn.Conv3d(3, width, (1, 5, 5), (1, 2, 2), (0, 2, 2), bias=False),
+        nn.BatchNorm3d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.BatchNorm3d(width),
+        nn.ReLU(inplace=True),
+    )
+    blocks = [_Block(width, width, 1, 1), _Block(width, 2 * width, 2, 1), _Block(2 * width, 4 * width, 2, 2)]
+    return Backbone(nn.Sequential(stem, *blocks), 4 * width)
+
+
+ZOO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
+
+
+def build_backbone(name: str) -> Backbone:
+    """Builds an untrained backbone.
+
+    Args:
+        name: one of torchvision's ``r3d_18``, ``mc3_18``, ``r2plus1d_18``, ``s3d``, or ``tinyW``
+            for a small R(2+1)D of width W (``tiny8``, ``tiny16``).
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name.startswith("tiny") and name[4:].isdigit():
+        backbone = _tiny(int(name[4:]))
+    elif name == "s3d":
+        backbone = Backbone(zoo.s3d(weights=None).features, 1024)
+    elif name in ZOO:
+        net = getattr(zoo, name)(weights=None)
+        backbone = Backbone(nn.Sequential(net.stem, net.layer1, net.layer2, net.layer3, net.layer4), 512)
+    else:
+        raise ValueError(f"unknown backbone {name!r}: choose tinyW (tiny8, tiny16, ...) or one of {', '.join(ZOO)}")
+    return backbone.to(memory_format=torch.channels_last_3d)

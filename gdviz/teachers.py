@@ -1,0 +1,136 @@
+"""Teachers: pre-trained on a self-supervised task, fitted on the labelled part with cross-fitting, then frozen."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gdviz.config import Schedule, Teachers, View
+from gdviz.data.sampling import augment, sample_clips, to_float
+from gdviz.data.videos import VideoSet
+from gdviz.models import Backbone, Classifier, build_backbone
+from gdviz.pretext import TASKS
+from gdviz.training import train
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What distillation needs to know of a frozen teacher, for every video of the set.
+
+    Rows of labelled training videos hold *out-of-fold* logits and features: those of a copy of the
+    teacher that was fitted without that video's fold.
+    """
+
+    logits: Float[Tensor, "n c"]
+    features: Float[Tensor, "n d"]
+    fold: Tensor  # (n,) fold of a labelled training video, else -1
+    temperature: Tensor  # () calibration temperature
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def pretrain(
+    task_name: str, cfg: Teachers, view: View, videos: VideoSet, *, seed: int, device: str = "cpu",
+    checkpoint: Path | None = None, progress: str | None = None,
+) -> tuple[Backbone, nn.Module, list[dict[str, float]]]:
+    """Trains a backbone on a pretext task over all training videos, labels unseen.
+
+    Returns:
+        The backbone, the task with its head, and the history.
+
+    Raises:
+        ValueError: unknown task or backbone.
+    """
+    if task_name not in TASKS:
+        raise ValueError(f"unknown pretext task {task_name!r}: choose from {', '.join(TASKS)}")
+    torch.manual_seed(seed)
+    backbone = build_backbone(cfg.backbone)
+    task = TASKS[task_name](backbone.dim, view.length, view.stride)
+    both = nn.ModuleDict({"backbone": backbone, "task": task}).to(device)
+
+    def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
+        inputs, target = task.views(to_float(videos.batch(rows).to(device)), rng)
+        loss, metric = task(backbone, inputs, target)
+        return loss, {task.metric: metric}
+
+    rows = videos.training_rows
+    history = train(both, step, rows, cfg.pretrain, seed=seed, checkpoint=checkpoint, progress=progress)
+    return backbone, task, history
+
+
+def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule: Schedule, *, seed: int) -> Classifier:
+    """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``."""
+    torch.manual_seed(seed)
+    device = device_of(backbone)
+    model = Classifier(copy.deepcopy(backbone), len(videos.label_names)).to(device)
+
+    def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
+        clips = augment(sample_clips(to_float(videos.batch(rows).to(device)), view.length, view.stride, rng), rng)
+        return cross_entropy(model(clips)[0], videos.labels[rows].to(device)), {}
+
+    train(model, step, rows, schedule, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def predict(model: Classifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128) -> tuple[Tensor, Tensor]:
+    """Logits [n, c] and features [n, d] of the centred clips of ``rows``."""
+    model.eval()
+    device = device_of(model)
+    out = [model(sample_clips(to_float(videos.batch(part).to(device)), view.length, view.stride)) for part in rows.split(batch)]
+    logits, features = (torch.cat(parts).float().cpu() for parts in zip(*out, strict=True))
+    return logits, features
+
+
+def calibration_temperature(logits: Float[Tensor, "n c"], labels: Tensor) -> Tensor:
+    """The t that minimises the cross-entropy of ``logits / t`` (Guo et al. 2017), from a grid in [0.25, 16]."""
+    grid = torch.logspace(-2, 4, 121, base=2.0)
+    losses = torch.stack([cross_entropy(logits / t, labels) for t in grid])
+    return grid[losses.argmin()]
+
+
+def folds_of(labels: Tensor, groups: list[str], folds: int, seed: int) -> Tensor:
+    """Fold number of every labelled video; a group stays in one fold, classes are balanced."""
+    folds = min(folds, int(labels.bincount().min()), len(set(groups)))
+    if folds < 2:
+        raise ValueError("cross-fitting needs two labelled videos a class, in different groups")
+    # When every video is its own group the plain splitter balances classes exactly.
+    if len(set(groups)) == len(groups):
+        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+    else:
+        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
+    fold = torch.empty(len(labels), dtype=torch.long)
+    for number, (_, held) in enumerate(parts):
+        fold[torch.from_numpy(held)] = number
+    return fold
+
+
+def outputs_of(
+    backbone: Backbone, videos: VideoSet, cfg: Teachers, view: View, *, seed: int
+) -> tuple[Classifier, TeacherOutputs]:
+    """Fits the teacher's head and reads it out on every video, labelled ones by cross-fitting."""
+    train_rows = videos.rows("train")
+    labels = videos.labels[train_rows]
+    model = fit(backbone, videos, train_rows, view, cfg.fit, seed=seed)
+    logits, features = predict(model, videos, torch.arange(len(videos.splits)), view)
+    fold = folds_of(labels, [videos.groups[i] for i in train_rows], cfg.folds, seed)
+    for number in range(int(fold.max()) + 1):
+        held = train_rows[fold == number]
+        without = fit(backbone, videos, train_rows[fold != number], view, cfg.fit, seed=seed)
+        logits[held], features[held] = predict(without, videos, held, view)
+    everywhere = torch.full((len(videos.splits),), -1)
+    everywhere[train_rows] = fold
+    temperature = calibration_temperature(logits[train_rows], labels)
+    return model, TeacherOutputs(logits, features, everywhere, temperature)
