@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -56,6 +56,16 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def from_plain(kind: type, value: dict[str, Any]) -> Any:
+    """The dataclass that ``plain`` made ``value`` of; lists become tuples."""
+    types = get_type_hints(kind)
+    known = {
+        name: from_plain(types[name], v) if dataclasses.is_dataclass(types[name]) else tuple(v) if isinstance(v, list) else v
+        for name, v in value.items()
+    }
+    return kind(**known)
+
+
 def fingerprint(*values: Any) -> str:
     """Sixteen hexadecimal digits that change when any of ``values`` does."""
     text = json.dumps([plain(v) for v in values], sort_keys=True)
@@ -70,6 +80,11 @@ def file_sha256(path: Path | str) -> str:
 def save_json(path: Path | str, value: Any) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
+
+
+def save_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows))
 
 
 def load_json(path: Path | str) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gdviz.artefacts import UserError
 
 METHODS = ("labels", "kd-best", "kd-uniform", "logits-graph", "representation-graph", "both-graphs", "both-shuffled")
 
@@ -13,7 +16,7 @@ class MotionData:
 
     labelled: int = 10
     """labelled training videos per class"""
-    unlabelled: int = 180
+    unlabelled: int = 150
     """unlabelled training videos per class"""
     test: int = 50
     """test videos per class"""
@@ -54,8 +57,10 @@ class Teachers:
 
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
     """pretext tasks, one teacher each"""
+    strides: tuple[int, ...] = (2, 2, 3, 1)
+    """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16"
-    pretrain: Schedule = Schedule(epochs=14)
+    pretrain: Schedule = Schedule(epochs=12)
     fit: Schedule = Schedule(epochs=60, batch=16, lr=5e-3)
     """fitting on the labelled part"""
     folds: int = 3
@@ -85,7 +90,7 @@ class Distillation:
     """Training of the student through the graphs."""
 
     student: str = "tiny8"
-    schedule: Schedule = Schedule(epochs=16)
+    schedule: Schedule = Schedule(epochs=20, lr=5e-3)
     labelled_batch: int = 16
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
     temperature: float = 2.0
@@ -95,8 +100,10 @@ class Distillation:
     """weight of the consensus in the logits graph"""
     logits_scale: float = 1.0
     """gradient norm of the logits graph relative to that of the cross-entropy"""
-    representation_scale: float = 0.3
+    representation_scale: float = 1.0
     """gradient norm of the representation graph relative to that of the cross-entropy"""
+    distance: Literal["mmd", "cka", "coral"] = "mmd"
+    """between the teachers' pair vertices and the student's"""
     edges: Edges = Edges()
 
 
@@ -111,6 +118,19 @@ class Profile:
     distillation: Distillation = Distillation()
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = METHODS
+
+    def view_of(self, task: str) -> View:
+        """The teacher's own view."""
+        return replace(self.view, stride=self.teachers.strides[self.teachers.tasks.index(task)])
+
+    def check(self) -> None:
+        """Raises UserError when parts do not fit together; called before any work is done."""
+        teachers = self.teachers
+        if len(teachers.tasks) != len(teachers.strides) or not teachers.tasks:
+            raise UserError(f"--teachers.strides: {len(teachers.strides)} strides for {len(teachers.tasks)} tasks; give one each")
+        for name, values in {"--seeds": self.seeds, "--methods": self.methods, "--teachers.tasks": teachers.tasks}.items():
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{name}: needs at least one value and none twice, got {' '.join(map(str, values)) or 'none'}")
 
 
 def _profiles() -> dict[str, Profile]:

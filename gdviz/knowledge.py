@@ -67,6 +67,6 @@ def build_graphs(
         knowledge.teachers, ground_cost(knowledge), eps=cfg.eps, beta=cfg.beta, temperature=cfg.temperature, tol=1e-4
     )
     dims = [f.shape[1] for f in knowledge.features]
-    representation_graph = RepresentationGraph(knowledge.teachers, dims, student_dim)
+    representation_graph = RepresentationGraph(knowledge.teachers, dims, student_dim, distance=cfg.distance)
     representation_graph.fit_scalers([f[rows] for f in knowledge.features])
     return logits_graph, representation_graph

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 PALETTE = ("#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd")  # petroff6
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
 LINES = ("-", "--", "-.", ":")
 INK, FAINT = "#222222", "#6e6e6e"
 #: cividis from a visible yellow to dark blue: on white paper the heavier edge must be the darker one.

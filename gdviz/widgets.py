@@ -272,7 +272,8 @@ class SketchExplorer(Explorer):
         left.set(xlabel="exact inner product", ylabel=f"from sketches of size {round(size)}")
         sizes = 2 ** np.arange(4, 14)
         errors = [self.sketched(int(m))[1] for m in sizes]
-        right.loglog(sizes, errors, "o-", ms=4, base=2, label="this sketch")
+        right.loglog(sizes, errors, "o-", ms=4, label="this sketch")
+        right.set_xscale("log", base=2)
         right.plot(sizes, errors[0] * (sizes / sizes[0]) ** -0.5, ls=":", color=plots.FAINT, label="one over root of the size")
         right.plot(size, error, "D", ms=9, color=plots.PALETTE[2], mec=plots.INK)
         right.set(xlabel="size of the sketch", ylabel="relative error of the Gram matrix")

@@ -145,12 +145,13 @@ def test_bandwidth_of_one_is_the_loss_of_the_graph(cast):
         kernel, mmd, slope = explorer.mmd(pair, 1.0)
         assert mmd == pytest.approx(float(value), abs=1e-5) and slope > 0
         assert kernel.shape == (3, 24, 24)
-    assert explorer.mmd(graph.pairs[0], 1e-3)[2] < 1e-2 * explorer.mmd(graph.pairs[0], 1.0)[2]  # too narrow: no gradient
+    assert explorer.mmd(graph.pairs[0], 1e-3)[2] < 0.05 * explorer.mmd(graph.pairs[0], 1.0)[2]  # too narrow: no gradient
 
 
-def test_sketch_error_falls_with_size_and_the_global_seed_stays(made):
+def test_sketch_error_falls_with_size_and_the_global_seed_stays():
+    explorer = widgets.SketchExplorer(torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0)).unbind())
     state = torch.get_rng_state()
-    errors = [made["sketch"].sketched(m)[1] for m in (32, 512, 8192)]
+    errors = [explorer.sketched(m)[1] for m in (32, 512, 8192)]
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
     torch.testing.assert_close(torch.get_rng_state(), state)
 

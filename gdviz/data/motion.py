@@ -84,7 +84,7 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
         still,
         unit,
     )
-    name, speed = CLASSES[label], rng.uniform(0.6, 1.4)
+    name, speed = CLASSES[label], math.exp(rng.uniform(math.log(0.4), math.log(1.8)))
     heading = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(name, (0, 0))
     px, py = (rng.uniform(-1, 1) + speed * 0.075 * time * way for way in heading)
     turn = rng.uniform(0, 2 * math.pi) + speed * 0.20 * time * {"clockwise": 1, "anticlockwise": -1}.get(name, 0)

@@ -24,9 +24,7 @@ class FuturePrediction(nn.Module):
         super().__init__()
         self.length, self.stride = length, stride
         self.squeeze = nn.Conv3d(dim, 32, 1)
-        self.paint = nn.Sequential(
-            nn.Conv2d(32 + 3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 3, 3, padding=1)
-        )
+        self.paint = nn.Sequential(nn.Conv2d(32 + 3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 3, 3, padding=1))
 
     def views(self, videos: Float[Tensor, "b f 3 h w"], rng: Generator) -> tuple[Tensor, Tensor]:
         """Clips [b, 3, t, h, w] and the frames that follow them [b, 3, h, w]."""
@@ -36,7 +34,7 @@ class FuturePrediction(nn.Module):
     def predict(self, backbone: Backbone, clips: Tensor) -> Tensor:
         """The next frames [b, 3, h, w]."""
         last = clips[:, :, -1]
-        code = self.squeeze(backbone.maps(clips)).mean(2)  # (b, 32, h', w')
+        code = self.squeeze(backbone.maps(clips)).mean(2)  # (b, 32, h2, w2)
         code = interpolate(code, last.shape[-2:], mode="bilinear", align_corners=False)
         return last + self.paint(torch.cat([code, last], 1))
 

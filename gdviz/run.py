@@ -1,0 +1,279 @@
+"""One run, one folder: data, teachers, edges, students, results; each step resumes where it stood.
+
+    config.json       profile, data and code version; a folder of another configuration is refused
+    environment.json  what it ran on; source.json: where its videos are
+    skipped.csv       videos that could not be read, and why
+    seedN/teachers/TASK/    teacher.safetensors, outputs.safetensors, history.jsonl, result.json
+    seedN/edges.safetensors, edges-shuffled.safetensors
+    seedN/students/METHOD/  student.safetensors, history.jsonl, result.json
+    metrics.jsonl     one row a teacher and a student: what the table and the figures are made of
+    figures/
+
+A step is done when its result.json exists; it is written last.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from gdviz.artefacts import UserError, atomic, fingerprint, from_plain, load_json, load_tensors, plain, save_json, save_jsonl, save_tensors
+from gdviz.config import Profile
+from gdviz.data.videos import VideoSet, load_folder, load_motion
+from gdviz.distill import distill
+from gdviz.edges import Edges, learn_edges
+from gdviz.evaluate import accuracy, calibration_error, footprint, shortcut_baselines
+from gdviz.knowledge import Knowledge, build_graphs, gather
+from gdviz.models import Classifier, build_backbone
+from gdviz.teachers import TeacherOutputs, outputs_of, predict, pretrain
+
+VERSION = 1  # raise when results change: folders of older code are then refused
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run reads and writes. Picklable: worker processes get a copy."""
+
+    profile: Profile
+    folder: Path
+    data: Path | None = None  # None: the embedded set
+    cache: Path = Path("data")
+    device: str = "cpu"
+
+    def videos(self, workers: int = 1) -> VideoSet:
+        if self.data is None:
+            return load_motion(self.profile.motion, self.profile.view, self.cache, workers=workers)
+        return load_folder(self.data, self.profile.view, self.cache / "cache", workers=workers)
+
+    def teacher_folder(self, seed: int, task: str) -> Path:
+        return self.folder / f"seed{seed}" / "teachers" / task
+
+    def student_folder(self, seed: int, method: str) -> Path:
+        return self.folder / f"seed{seed}" / "students" / method
+
+    def knowledge(self, seed: int, videos: VideoSet) -> Knowledge:
+        """What the finished teachers of a seed know."""
+        tasks = self.profile.teachers.tasks
+        files = {task: self.teacher_folder(seed, task) / "outputs.safetensors" for task in tasks}
+        return gather({task: TeacherOutputs(**load_tensors(file)) for task, file in files.items()}, videos)
+
+    def edges(self, seed: int, *, shuffled: bool = False) -> Edges:
+        return Edges(**load_tensors(self.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges") / "edges.safetensors"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row a finished teacher or student, in the order of the profile."""
+        folders = [
+            folder
+            for seed in self.profile.seeds
+            for folder in (
+                *(self.teacher_folder(seed, task) for task in self.profile.teachers.tasks),
+                *(self.student_folder(seed, method) for method in self.profile.methods),
+            )
+        ]
+        return [load_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()]
+
+
+@cache
+def _videos(run: Run) -> VideoSet:
+    """Once a process: the set is memory-mapped, but its index takes a moment to read."""
+    return run.videos()
+
+
+def _worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Transport potentials of unlikely classes are denormal numbers, a hundred times slower than others.
+    torch.set_flush_denormal(True)
+
+
+def train_teacher(run: Run, seed: int, task: str, progress: str | None = None) -> None:
+    """Pre-trains, fits and reads out one teacher, unless that is done."""
+    folder, videos, profile = run.teacher_folder(seed, task), _videos(run), run.profile
+    if (folder / "result.json").exists():
+        return
+    view = profile.view_of(task)
+    backbone, head, history = pretrain(
+        task, profile.teachers, view, videos,
+        seed=seed, device=run.device, checkpoint=folder / "pretrain.ckpt", progress=progress,
+    )  # fmt: skip
+    model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed)
+    test, labelled = videos.rows("test"), videos.rows("train")
+    probs = torch.softmax(outputs.logits[test] / outputs.temperature, 1)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"task.{k}": v for k, v in head.state_dict().items()}
+    save_tensors(folder / "teacher.safetensors", state | {f"pretrained.{k}": v for k, v in backbone.state_dict().items()})
+    save_tensors(folder / "outputs.safetensors", outputs.tensors())
+    save_jsonl(folder / "history.jsonl", history)
+    row = {
+        "seed": seed, "kind": "teacher", "name": task,
+        "accuracy": accuracy(outputs.logits[test], videos.labels[test]),
+        "out_of_fold": accuracy(outputs.logits[labelled], videos.labels[labelled]),
+        "calibration_error": calibration_error(probs, videos.labels[test]),
+        "pretext": {head.metric: history[-1][head.metric]},
+    }  # fmt: skip
+    save_json(folder / "result.json", row)
+    (folder / "pretrain.ckpt").unlink(missing_ok=True)
+
+
+def train_edges(run: Run, seed: int, shuffled: bool) -> None:
+    """Learns the edges of both graphs, or those of the control, unless that is done."""
+    folder, videos = run.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges"), _videos(run)
+    if (folder / "result.json").exists():
+        return
+    knowledge = run.knowledge(seed, videos)
+    if shuffled:
+        knowledge = knowledge.shuffled(videos.training_rows, seed)
+    graphs = build_graphs(knowledge, 1, videos.training_rows, run.profile.distillation)
+    edges = learn_edges(knowledge, *graphs, run.profile.distillation.edges, seed=seed)
+    save_tensors(folder / "edges.safetensors", vars(edges))
+    final = edges.teachers[-1][videos.training_rows].mean(0)
+    row = {
+        "teachers": dict(zip(knowledge.teachers, final.tolist(), strict=True)),
+        "pairs": dict(zip(graphs[1].names, edges.pairs[-1].tolist(), strict=True)),
+    }
+    save_json(folder / "result.json", row)
+
+
+def train_student(run: Run, seed: int, method: str, progress: str | None = None) -> None:
+    """Trains and tests one student, unless that is done."""
+    folder, videos, profile = run.student_folder(seed, method), _videos(run), run.profile
+    if (folder / "result.json").exists():
+        return
+    shuffled = method == "both-shuffled"
+    knowledge, edges = run.knowledge(seed, videos), run.edges(seed, shuffled=shuffled)
+    if shuffled:
+        knowledge = knowledge.shuffled(videos.training_rows, seed)
+    student, history = distill(
+        method, knowledge, edges, videos, profile.view, profile.distillation,
+        seed=seed, device=run.device, checkpoint=folder / "student.ckpt", progress=progress,
+    )  # fmt: skip
+    test = videos.rows("test")
+    logits, features = predict(student.classifier, videos, torch.arange(len(videos.splits)), profile.view)
+    save_tensors(folder / "student.safetensors", student.classifier.state_dict())
+    save_tensors(folder / "outputs.safetensors", {"logits": logits, "features": features})
+    save_jsonl(folder / "history.jsonl", history)
+    row = {"seed": seed, "kind": "student", "name": method, "accuracy": accuracy(logits[test], videos.labels[test])}
+    if method == "kd-best":
+        row["teacher"] = knowledge.best_teacher()
+    save_json(folder / "result.json", row)
+    (folder / "student.ckpt").unlink(missing_ok=True)
+
+
+def _all(step: Callable[..., None], run: Run, jobs: list[tuple[Any, ...]], workers: int, title: str) -> None:
+    """Runs the unfinished ``jobs`` of a phase, in processes of one thread each when there are several."""
+    if workers == 1:
+        _worker(torch.get_num_threads())
+        for job in tqdm(jobs, desc=title):
+            step(run, *job, **({"progress": " ".join(map(str, job))} if step is not train_edges else {}))
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_worker, initargs=(1,)) as pool:
+        pending = [pool.submit(step, run, *job) for job in jobs]
+        try:
+            for done in tqdm(as_completed(pending), total=len(pending), desc=title, unit="job"):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on: machine and versions."""
+    names = ("gdviz", "torch", "torchvision", "numpy", "scikit-learn")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": sys.version.split()[0], "platform": platform.platform(), "processor": platform.machine(),
+        "cpus": os.cpu_count(), "gpu": gpu, **{name: version(name) for name in names},
+    }  # fmt: skip
+
+
+def claim_folder(run: Run, videos: VideoSet) -> None:
+    """Writes config.json, or checks that it is this run's.
+
+    Raises:
+        UserError: the folder holds another run, or something that is not a run.
+    """
+    config = plain({"version": VERSION, "profile": run.profile, "data": videos.fingerprint})
+    file = run.folder / "config.json"
+    if file.exists():
+        old = load_json(file)
+        if old != config:
+            differing = sorted(k for k in config if old.get(k) != config[k])
+            raise UserError(f"--out {run.folder}: holds a run of another configuration ({', '.join(differing)} differ); choose another folder")
+        return
+    if run.folder.exists() and any(run.folder.iterdir()):
+        raise UserError(f"--out {run.folder}: is not empty and holds no run; choose another folder")
+    save_json(file, config)
+
+
+def default_folder(profile: Profile, data: Path | None) -> Path:
+    return Path("runs") / f"{'motion' if data is None else data.stem}-{fingerprint(profile, data)[:8]}"
+
+
+def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
+    """Does what is left of a run; returns its metrics.
+
+    Raises:
+        UserError: see ``claim_folder`` and ``gdviz.data``.
+    """
+    profile = run.profile
+    profile.check()
+    videos = run.videos(workers)
+    claim_folder(run, videos)
+    save_json(run.folder / "environment.json", environment())
+    save_json(run.folder / "source.json", {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()})
+    with atomic(run.folder / "skipped.csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([("path", "reason"), *videos.skipped])
+    for path, reason in videos.skipped:
+        tqdm.write(f"skipped {path}: {reason}")
+    seeds, methods = profile.seeds, profile.methods
+    _all(train_teacher, run, [(s, t) for s in seeds for t in profile.teachers.tasks], workers, "teachers")
+    _all(train_edges, run, [(s, c) for s in seeds for c in (False, True) if not c or "both-shuffled" in methods], workers, "edges")
+    _all(train_student, run, [(s, m) for s in seeds for m in methods], workers, "students")
+    metrics = run.metrics()
+    save_jsonl(run.folder / "metrics.jsonl", metrics)
+    if not (run.folder / "summary.json").exists():
+        save_json(run.folder / "summary.json", summarise(run, videos))
+    return metrics
+
+
+def summarise(run: Run, videos: VideoSet) -> dict[str, Any]:
+    """Sizes of the teachers together and of the student, and the baselines that see no motion."""
+    profile, classes = run.profile, len(videos.label_names)
+    teachers = [
+        footprint(Classifier(build_backbone(profile.teachers.backbone), classes).to(run.device), profile.view_of(task))
+        for task in profile.teachers.tasks
+    ]
+    student = footprint(Classifier(build_backbone(profile.distillation.student), classes).to(run.device), profile.view)
+    parts = {split: len(videos.rows(split)) for split in ("train", "unlabelled", "test")}
+    return {
+        "data": {"name": videos.name, "classes": videos.label_names, "videos": parts, "skipped": len(videos.skipped)},
+        "baselines": shortcut_baselines(videos),
+        "teacher": dict(zip(profile.teachers.tasks, teachers, strict=True)),
+        "student": student,
+        "ratio": {key: sum(t[key] for t in teachers) / student[key] for key in student},
+    }
+
+
+def open_run(folder: Path | str) -> Run:
+    """Opens a run's folder for reading.
+
+    Raises:
+        UserError: no run there.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds no run (no config.json)")
+    config = load_json(folder / "config.json")
+    source = load_json(folder / "source.json")
+    return Run(from_plain(Profile, config["profile"]), folder, Path(source["data"]) if source["data"] else None, Path(source["cache"]))
