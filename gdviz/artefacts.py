@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,10 +31,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
         UserError: the disk refused the write; ``path`` is left as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The process number keeps two workers that write the same artefact apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -42,7 +42,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def plain(value: Any) -> Any:
@@ -91,9 +92,9 @@ def load_json(path: Path | str) -> Any:
     """Raises UserError when the file is missing or is not JSON."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:  # no JSON, or no text at all
         raise UserError(f"{path} is not JSON ({error}); delete it to have it made again") from None
 
 
@@ -108,8 +109,8 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
     """Raises UserError when the file is missing or damaged."""
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it to have it made again") from None
 

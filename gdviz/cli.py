@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -66,7 +67,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        float(torch.zeros(1, device=name))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
@@ -76,7 +77,10 @@ def _run(arguments: list[str]) -> None:
     profile, rest = _profile(arguments)
     args = tyro.cli(RunArguments, prog="gdviz run", default=RunArguments(settings=profile), args=rest)
     device = _device(args.device)
-    workers = args.workers or (1 if device != "cpu" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: needs 0 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.workers or (1 if device != "cpu" else cores)
     folder = args.out or runs.default_folder(args.settings, args.data)
     run = runs.Run(args.settings, folder, args.data, args.cache, device)
     runs.execute(run, workers=workers)
@@ -101,6 +105,8 @@ def main() -> None:
         commands[sys.argv[1]](sys.argv[2:])
     except (UserError, ValueError, FloatingPointError) as error:
         sys.exit(f"gdviz: {error}")
+    except BrokenProcessPool:
+        sys.exit("gdviz: a worker process was killed (too little memory?); the same command goes on from here, try fewer --workers")
     except KeyboardInterrupt:
         sys.exit("gdviz: interrupted; the same command goes on from here")
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from gdviz.config import Edges as EdgesConfig
-from gdviz.graphs import Gate, LogitsGraph, RepresentationGraph, closed_form, evidence
+from gdviz.graphs import Gate, LogitsGraph, RepresentationGraph, closed_form, evidence, gate_loss
 from gdviz.graphs.kernels import unbiased_cka
 from gdviz.knowledge import Knowledge
 
@@ -39,7 +39,8 @@ def learn_edges(
     Teachers: ``w_n = floor(softmax(log gate_n - c_n / eta))``, the closed form of
     ``min_w <w, c_n> + eta KL(w || gate_n)``, with evidence ``c`` (``gdviz.graphs.evidence``) and a
     gate that starts uniform and descends the cross-entropy of the mixture ``sum_k gate_nk p_nk`` on
-    out-of-fold outputs of labelled clips, ``cfg.gate_steps`` steps from one moment to the next.
+    out-of-fold outputs of labelled clips (``gdviz.graphs.gate_loss``),
+    ``cfg.gate_steps`` steps from one moment to the next.
 
     Pairs: ``v = floor(softmax(CKA / eta_pairs))``. The CKA with the label Gram matrix is taken
     within each fold (features of different folds live in different spaces) on a random half of its
@@ -57,9 +58,8 @@ def learn_edges(
     weights, consensus, pairs, agreement = [], [], [], []
     for moment in range(cfg.refreshes):
         for _ in range(cfg.gate_steps if moment else 0):
-            mixture = (gate(probs[known]) * probs[known, :, labels[known]]).sum(1)
             optimiser.zero_grad()
-            (-mixture.clamp(min=1e-6).log().mean()).backward()
+            gate_loss(gate, probs[known], labels[known], cfg.rho).backward()
             optimiser.step()
         with torch.no_grad():
             # The evidence enters with the gate: the first moment is the uniform prior, as a reference.

@@ -26,7 +26,7 @@ from gdviz.edges import Edges
 from gdviz.knowledge import Knowledge
 from gdviz.run import Run, open_run
 
-KEPT = {"train": 240, "unlabelled": 160, "test": 400}  # videos of each part, at most
+KEPT = {"train": 240, "unlabelled": 120, "test": 300}  # videos of each part, at most
 WITH_FEATURES = ("labels", "both-graphs")  # students whose features are kept, too
 
 

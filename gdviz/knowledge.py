@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from gdviz.config import Distillation
 from gdviz.data.videos import VideoSet
 from gdviz.graphs import LogitsGraph, RepresentationGraph, average_costs, cost_from_means
+from gdviz.graphs.costs import normalise_cost
 from gdviz.teachers import TeacherOutputs
 
 
@@ -52,11 +53,15 @@ def gather(outputs: dict[str, TeacherOutputs], videos: VideoSet) -> Knowledge:
     )
 
 
-def ground_cost(knowledge: Knowledge) -> Float[Tensor, "c c"]:
-    """Distances between class means of the teachers' out-of-fold logits, averaged over teachers."""
+def ground_cost(knowledge: Knowledge, shrink: float) -> Float[Tensor, "c c"]:
+    """Distances between class means of the teachers' out-of-fold logits, averaged over teachers.
+
+    ``shrink`` is the share of the 0/1 cost mixed in: 0 only the teachers', 1 only the 0/1 cost.
+    """
     known, classes = knowledge.labels >= 0, knowledge.logits.shape[-1]
     per_teacher = knowledge.logits[known].unbind(1)
-    return average_costs([cost_from_means(z, knowledge.labels[known], classes) for z in per_teacher])
+    learned = average_costs([cost_from_means(z, knowledge.labels[known], classes) for z in per_teacher])
+    return normalise_cost(learned, shrink=shrink)
 
 
 def build_graphs(
@@ -64,7 +69,12 @@ def build_graphs(
 ) -> tuple[LogitsGraph, RepresentationGraph]:
     """Both graphs over the teachers; ``rows`` (the training videos) set the feature scales."""
     logits_graph = LogitsGraph(
-        knowledge.teachers, ground_cost(knowledge), eps=cfg.eps, beta=cfg.beta, temperature=cfg.temperature, tol=1e-4
+        knowledge.teachers,
+        ground_cost(knowledge, cfg.cost_shrink),
+        eps=cfg.eps,
+        beta=cfg.beta,
+        temperature=cfg.temperature,
+        tol=1e-4,
     )
     dims = [f.shape[1] for f in knowledge.features]
     representation_graph = RepresentationGraph(knowledge.teachers, dims, student_dim, distance=cfg.distance)

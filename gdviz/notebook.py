@@ -14,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from IPython.display import Markdown, display
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 from gdviz import plots
@@ -66,8 +67,11 @@ def check(answer: Any, right: Callable[[Any], Any], hint: str) -> None:
 def find_run(root: Path) -> Run:
     """The newest finished run under ``runs/`` with all methods and two teachers or more, else the verified example."""
     done = sorted(root.glob("runs/*/summary.json"), key=lambda file: -file.stat().st_mtime)
-    found = [open_run(file.parent) for file in done if (file.parent / "metrics.jsonl").exists()]
-    for run in found:
+    for folder in (file.parent for file in done if (file.parent / "metrics.jsonl").exists()):
+        try:
+            run = open_run(folder)
+        except UserError:  # made by another version of gdviz
+            continue
         if set(METHODS) <= set(run.profile.methods) and len(run.profile.teachers.tasks) > 1:
             return run
     return open_example(root / "data/example")
@@ -87,6 +91,7 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
     torch.set_flush_denormal(True)  # see gdviz.run
     torch.manual_seed(seed)
+    plt.switch_backend(mpl.get_backend())  # now: a first figure within plots.style() would leave pyplot not interactive
     mpl.rcParams.update(plots._RC)
     device, run = "cuda" if torch.cuda.is_available() else "cpu", find_run(root)
     rows = {"Python": platform.python_version()} | {name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")}

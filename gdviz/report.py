@@ -110,9 +110,8 @@ def draw_figures(run: Run, out: Path) -> list[Path]:
         found = scores(run)
         tasks = run.profile.teachers.tasks
         points = [{"name": t, "kind": "teacher", "accuracy": mean(found["teacher", t]), **summary["teacher"][t]} for t in tasks]
-        points += [
-            {"name": m, "kind": "student", "accuracy": mean(found["student", m]), **summary["student"]} for m in ("labels", shown) if ("student", m) in found
-        ]
+        compared = [m for m in ("labels", shown) if ("student", m) in found]
+        points += [{"name": m, "kind": "student", "accuracy": mean(found["student", m]), **summary["student"]} for m in compared]
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
         for ax, x in zip(axes, ("latency_ms", "params", "gflops"), strict=True):
             plots.plot_tradeoff(points, x, ax)

@@ -18,12 +18,9 @@ import csv
 import os
 import platform
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +30,13 @@ from tqdm.auto import tqdm
 from gdviz.artefacts import UserError, atomic, fingerprint, from_plain, load_json, load_tensors, plain, save_json, save_jsonl, save_tensors
 from gdviz.config import Profile
 from gdviz.data.videos import VideoSet, load_folder, load_motion
-from gdviz.distill import distill
+from gdviz.distill import GRAPHS, distill
 from gdviz.edges import Edges, learn_edges
 from gdviz.evaluate import accuracy, calibration_error, footprint, shortcut_baselines
 from gdviz.knowledge import Knowledge, build_graphs, gather
 from gdviz.models import Classifier, build_backbone
+from gdviz.parallel import over_processes
+from gdviz.pretext import TASKS
 from gdviz.teachers import TeacherOutputs, outputs_of, predict, pretrain
 
 VERSION = 1  # raise when results change: folders of older code are then refused
@@ -92,21 +91,20 @@ def _videos(run: Run) -> VideoSet:
     return run.videos()
 
 
-def _worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    # Transport potentials of unlikely classes are denormal numbers, a hundred times slower than others.
-    torch.set_flush_denormal(True)
+def _done(folder: Path, *files: str) -> bool:
+    """A step is done when its result is there, and the files that later steps read."""
+    return all((folder / name).exists() for name in ("result.json", *files))
 
 
-def train_teacher(run: Run, seed: int, task: str, progress: str | None = None) -> None:
+def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     """Pre-trains, fits and reads out one teacher, unless that is done."""
     folder, videos, profile = run.teacher_folder(seed, task), _videos(run), run.profile
-    if (folder / "result.json").exists():
+    if _done(folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl"):
         return
     view = profile.view_of(task)
     backbone, head, history = pretrain(
         task, profile.teachers, view, videos,
-        seed=seed, device=run.device, checkpoint=folder / "pretrain.ckpt", progress=progress,
+        seed=seed, device=run.device, checkpoint=folder / "pretrain.ckpt", progress=f"{task}, seed {seed}" if bar else None,
     )  # fmt: skip
     model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed)
     test, labelled = videos.rows("test"), videos.rows("train")
@@ -129,7 +127,7 @@ def train_teacher(run: Run, seed: int, task: str, progress: str | None = None) -
 def train_edges(run: Run, seed: int, shuffled: bool) -> None:
     """Learns the edges of both graphs, or those of the control, unless that is done."""
     folder, videos = run.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges"), _videos(run)
-    if (folder / "result.json").exists():
+    if _done(folder, "edges.safetensors"):
         return
     knowledge = run.knowledge(seed, videos)
     if shuffled:
@@ -145,10 +143,10 @@ def train_edges(run: Run, seed: int, shuffled: bool) -> None:
     save_json(folder / "result.json", row)
 
 
-def train_student(run: Run, seed: int, method: str, progress: str | None = None) -> None:
+def train_student(run: Run, seed: int, method: str, bar: bool = False) -> None:
     """Trains and tests one student, unless that is done."""
     folder, videos, profile = run.student_folder(seed, method), _videos(run), run.profile
-    if (folder / "result.json").exists():
+    if _done(folder, "student.safetensors", "outputs.safetensors", "history.jsonl"):
         return
     shuffled = method == "both-shuffled"
     knowledge, edges = run.knowledge(seed, videos), run.edges(seed, shuffled=shuffled)
@@ -156,7 +154,7 @@ def train_student(run: Run, seed: int, method: str, progress: str | None = None)
         knowledge = knowledge.shuffled(videos.training_rows, seed)
     student, history = distill(
         method, knowledge, edges, videos, profile.view, profile.distillation,
-        seed=seed, device=run.device, checkpoint=folder / "student.ckpt", progress=progress,
+        seed=seed, device=run.device, checkpoint=folder / "student.ckpt", progress=f"{method}, seed {seed}" if bar else None,
     )  # fmt: skip
     test = videos.rows("test")
     logits, features = predict(student.classifier, videos, torch.arange(len(videos.splits)), profile.view)
@@ -170,23 +168,6 @@ def train_student(run: Run, seed: int, method: str, progress: str | None = None)
     (folder / "student.ckpt").unlink(missing_ok=True)
 
 
-def _all(step: Callable[..., None], run: Run, jobs: list[tuple[Any, ...]], workers: int, title: str) -> None:
-    """Runs the unfinished ``jobs`` of a phase, in processes of one thread each when there are several."""
-    if workers == 1:
-        _worker(torch.get_num_threads())
-        for job in tqdm(jobs, desc=title):
-            step(run, *job, **({"progress": " ".join(map(str, job))} if step is not train_edges else {}))
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_worker, initargs=(1,)) as pool:
-        pending = [pool.submit(step, run, *job) for job in jobs]
-        try:
-            for done in tqdm(as_completed(pending), total=len(pending), desc=title, unit="job"):
-                done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def environment() -> dict[str, Any]:
     """What a result may depend on: machine and versions."""
     names = ("gdviz", "torch", "torchvision", "numpy", "scikit-learn")
@@ -197,23 +178,46 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def claim_folder(run: Run, videos: VideoSet) -> None:
-    """Writes config.json, or checks that it is this run's.
+def claim_folder(run: Run, videos: VideoSet | None = None) -> None:
+    """Writes config.json, or checks that it is this run's; without ``videos`` looks only, before any work.
 
     Raises:
         UserError: the folder holds another run, or something that is not a run.
     """
-    config = plain({"version": VERSION, "profile": run.profile, "data": videos.fingerprint})
+    config = plain({"version": VERSION, "profile": run.profile} | ({"data": videos.fingerprint} if videos else {}))
     file = run.folder / "config.json"
     if file.exists():
         old = load_json(file)
-        if old != config:
-            differing = sorted(k for k in config if old.get(k) != config[k])
-            raise UserError(f"--out {run.folder}: holds a run of another configuration ({', '.join(differing)} differ); choose another folder")
-        return
-    if run.folder.exists() and any(run.folder.iterdir()):
+        if differing := sorted(key for key in config if old.get(key) != config[key]):
+            what = ", ".join(differing)
+            raise UserError(f"--out {run.folder}: holds a run of another configuration ({what} differ); choose another folder")
+    elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
         raise UserError(f"--out {run.folder}: is not empty and holds no run; choose another folder")
-    save_json(file, config)
+    elif videos:
+        save_json(file, config)
+
+
+def check_names(profile: Profile) -> None:
+    """Raises UserError for a task, backbone or method that nothing answers to, or a clip that fits no video: before any work."""
+    teachers, distillation, view = profile.teachers, profile.distillation, profile.view
+    known = {"--teachers.tasks": list(TASKS), "--methods": [*GRAPHS, "kd-uniform", "kd-best", *(f"kd-{t}" for t in teachers.tasks)]}
+    for flag, names in {"--teachers.tasks": teachers.tasks, "--methods": profile.methods}.items():
+        for name in names:
+            if name not in known[flag]:
+                raise UserError(f"{flag}: unknown {name!r}; choose from {', '.join(known[flag])}")
+    if not 1 < view.length < view.frames:
+        raise UserError(f"--view.length {view.length}: needs two frames or more, and fewer than the {view.frames} of --view.frames")
+    for flag, schedule in {
+        "--teachers.pretrain": teachers.pretrain, "--teachers.fit": teachers.fit, "--distillation.schedule": distillation.schedule,
+    }.items():  # fmt: skip
+        if schedule.epochs < 1 or schedule.batch < 2:
+            raise UserError(f"{flag}: needs one epoch or more and batches of two or more")
+    for flag, name in {"--teachers.backbone": teachers.backbone, "--distillation.student": distillation.student}.items():
+        try:
+            with torch.device("meta"):  # nothing is allocated, but sizes are checked
+                build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 
 
 def default_folder(profile: Profile, data: Path | None) -> Path:
@@ -228,8 +232,12 @@ def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
     """
     profile = run.profile
     profile.check()
+    check_names(profile)
+    claim_folder(run)
     videos = run.videos(workers)
     claim_folder(run, videos)
+    for stale in run.folder.rglob(".*.part"):  # what a killed process was writing
+        stale.unlink(missing_ok=True)
     save_json(run.folder / "environment.json", environment())
     save_json(run.folder / "source.json", {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()})
     with atomic(run.folder / "skipped.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -237,9 +245,12 @@ def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
     for path, reason in videos.skipped:
         tqdm.write(f"skipped {path}: {reason}")
     seeds, methods = profile.seeds, profile.methods
-    _all(train_teacher, run, [(s, t) for s in seeds for t in profile.teachers.tasks], workers, "teachers")
-    _all(train_edges, run, [(s, c) for s in seeds for c in (False, True) if not c or "both-shuffled" in methods], workers, "edges")
-    _all(train_student, run, [(s, m) for s in seeds for m in methods], workers, "students")
+    bars = workers == 1  # a bar of epochs below the bar of jobs
+    tasks = [(s, t) for s in seeds for t in profile.teachers.tasks]
+    over_processes(partial(train_teacher, run, bar=bars), tasks, workers, title="teachers")
+    controls = (False, True) if "both-shuffled" in methods else (False,)
+    over_processes(partial(train_edges, run), [(s, c) for s in seeds for c in controls], workers, title="edges")
+    over_processes(partial(train_student, run, bar=bars), [(s, m) for s in seeds for m in methods], workers, title="students")
     metrics = run.metrics()
     save_jsonl(run.folder / "metrics.jsonl", metrics)
     if not (run.folder / "summary.json").exists():
@@ -276,4 +287,8 @@ def open_run(folder: Path | str) -> Run:
         raise UserError(f"{folder}: holds no run (no config.json)")
     config = load_json(folder / "config.json")
     source = load_json(folder / "source.json")
-    return Run(from_plain(Profile, config["profile"]), folder, Path(source["data"]) if source["data"] else None, Path(source["cache"]))
+    try:
+        profile = from_plain(Profile, config["profile"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: was made by another version of gdviz ({error})") from None
+    return Run(profile, folder, Path(source["data"]) if source["data"] else None, Path(source["cache"]))

@@ -20,6 +20,9 @@ GROUP_PATTERNS = {
 }
 
 
+SPLITS = ("train", "unlabelled", "test")
+
+
 @dataclass(frozen=True)
 class Clip:
     path: Path
@@ -46,14 +49,19 @@ def _read_folder(root: Path) -> list[Clip]:
 
 
 def _read_csv(file: Path) -> list[Clip]:
-    with open(file, newline="") as handle:
-        rows = list(csv.DictReader(handle))
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--data {file}: is neither a folder nor a CSV file ({error})") from None
     if not rows or "path" not in rows[0]:
         raise UserError(f"--data {file}: needs a header line with at least the column 'path' (then: label, group, split)")
     clips = []
     for row in rows:
-        path = file.parent / row["path"]
+        path = file.parent / (row["path"] or "")
         label, split = row.get("label") or "", row.get("split") or ""
+        if split not in ("", *SPLITS):
+            raise UserError(f"--data {file}: split {split!r} of {row['path']} is none of {', '.join(SPLITS)}")
         clips.append(Clip(path, label, row.get("group") or _group(path), split))
     return clips
 
@@ -62,7 +70,7 @@ def read_clips(source: Path | str) -> list[Clip]:
     """Lists the videos of a folder (class sub-folders; files beside them are unlabelled) or a CSV.
 
     Raises:
-        UserError: nothing there, one class only, or a class with a single clip.
+        UserError: nothing there, one class only, or a class with fewer than three clips.
     """
     source = Path(source)
     if not source.exists():
@@ -73,29 +81,40 @@ def read_clips(source: Path | str) -> list[Clip]:
 
 
 def check_classes(clips: list[Clip], source: Path) -> None:
-    """Raises UserError unless there are two classes or more with two clips or more each."""
-    counts = Counter(clip.label for clip in clips if clip.label)
+    """Raises UserError unless there are two classes or more with three clips or more each, enough of them in each part."""
+    counts = Counter(clip.label for clip in clips if clip.label and clip.split != "unlabelled")
     if len(counts) < 2:
         raise UserError(f"--data {source}: {len(counts)} class found ({', '.join(counts) or 'none'}); a classifier needs two or more")
-    if poor := sorted(label for label, n in counts.items() if n < 2):
-        raise UserError(f"--data {source}: class {poor[0]!r} has a single usable clip; each class needs one to train on and one to test on")
+    for label, count in sorted(counts.items()):
+        parts = Counter(clip.split for clip in clips if clip.label == label)
+        if count < 3 or (not parts[""] and (parts["train"] < 2 or parts["test"] < 1)):
+            where = "" if parts[""] else f" ({parts['train']} to train on, {parts['test']} to test on)"
+            raise UserError(
+                f"--data {source}: class {label!r} has {count} usable clip{'s' * (count > 1)}{where}; "
+                "each class needs two to train on, for cross-fitting, and one to test on"
+            )
 
 
 def split_by_group(clips: list[Clip], *, test: float = 0.3, seed: int = 0) -> list[Clip]:
     """Puts whole groups into the training or the test part, unless the clips say where they belong.
 
     Groups are drawn at random until the test part holds about ``test`` of the labelled clips and
-    both parts hold every class; a class that lives in one group only is split within it.
+    every class has two clips or more to train on and one or more to test on.
 
     Raises:
-        UserError: the given splits put one group on both sides.
+        UserError: the given splits put one group on both sides or leave a labelled clip out, or no
+            split by group gives every class its clips.
     """
     if any(clip.split for clip in clips):
-        sides = {split: {c.group for c in clips if c.split == split} for split in ("train", "unlabelled", "test")}
+        if homeless := [c for c in clips if c.label and not c.split]:
+            raise UserError(f"{homeless[0].path} has a label but no split, as others have: say train or test")
+        if lost := [c for c in clips if not c.label and c.split in ("train", "test")]:
+            raise UserError(f"{lost[0].path} is to {lost[0].split} but has no label")
+        sides = {split: {c.group for c in clips if (c.split or "unlabelled") == split} for split in SPLITS}
         leaks = sorted(sides["test"] & (sides["train"] | sides["unlabelled"]))
         if leaks:
             raise UserError(f"group {leaks[0]!r} is on both sides of the given split: its clips would leak into the test part")
-        return [c if c.label or c.split == "unlabelled" else replace(c, split="unlabelled") for c in clips]
+        return [c if c.label and c.split != "unlabelled" else replace(c, label="", split="unlabelled") for c in clips]
     labelled = [clip for clip in clips if clip.label]
     rng = np.random.default_rng(seed)
     classes = {clip.label for clip in labelled}
@@ -107,11 +126,15 @@ def split_by_group(clips: list[Clip], *, test: float = 0.3, seed: int = 0) -> li
                 break
             chosen.add(str(group))
             held += sum(clip.group == group for clip in labelled)
-        parts = ({c.label for c in labelled if (c.group in chosen) == side} for side in (True, False))
-        if all(part == classes for part in parts):
+        trained = Counter(c.label for c in labelled if c.group not in chosen)
+        tested = {c.label for c in labelled if c.group in chosen}
+        if tested == classes and all(trained[label] >= 2 for label in classes):
             break
     else:
-        raise UserError("no split by group leaves every class on both sides: give a CSV with a 'split' column (train, unlabelled, test)")
+        raise UserError(
+            "no split by group leaves every class two clips to train on and one to test on: "
+            f"give a CSV with a 'split' column ({', '.join(SPLITS)})"
+        )
     out = []
     for clip in clips:
         # An unlabelled clip of a test group may still be seen by nobody: its group mates are tested.

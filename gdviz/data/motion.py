@@ -1,6 +1,6 @@
 """The embedded data set: short videos whose class is the motion and nothing else.
 
-A random textured shape lies on a random drifting background and does one of eight things. Every
+A random textured shape lies on a random drifting background and does one of twelve things. Every
 quantity that a motion changes is *cyclic* and starts uniformly distributed: position on a torus,
 orientation on a circle, size on a Shepard scale (two nested copies, half an octave apart, fade in
 and out). So the law of any single frame is the same for all classes: no frame tells the class,
@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -20,12 +19,22 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm.auto import tqdm
 
 from gdviz.artefacts import UserError, atomic, file_sha256, fingerprint, load_json, save_json
 from gdviz.config import MotionData
+from gdviz.parallel import over_processes
 
-CLASSES = ("left", "right", "up", "down", "clockwise", "anticlockwise", "grow", "shrink")
+CLASSES = (
+    "left", "right", "up", "down", "clockwise", "anticlockwise", "grow", "shrink",  # at constant speed
+    "swing", "bob", "wobble", "pulse",  # to and fro: sideways, up and down, turning, in size
+)  # fmt: skip
+# What moves, and which way; "to and fro" classes have no way.
+MOTIONS = {
+    "left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1), "swing": ("x", 0), "bob": ("y", 0),
+    "clockwise": ("turn", 1), "anticlockwise": ("turn", -1), "wobble": ("turn", 0),
+    "grow": ("size", 1), "shrink": ("size", -1), "pulse": ("size", 0),
+}  # fmt: skip
+STEP = {"x": 0.075, "y": 0.075, "turn": 0.20, "size": 0.055}  # a frame, at speed 1
 FPS = 12
 VERSION = 1  # raise when the renderer changes: sets made by the old one are then made again
 
@@ -84,11 +93,14 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
         still,
         unit,
     )
-    name, speed = CLASSES[label], math.exp(rng.uniform(math.log(0.4), math.log(1.8)))
-    heading = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(name, (0, 0))
-    px, py = (rng.uniform(-1, 1) + speed * 0.075 * time * way for way in heading)
-    turn = rng.uniform(0, 2 * math.pi) + speed * 0.20 * time * {"clockwise": 1, "anticlockwise": -1}.get(name, 0)
-    phase = rng.uniform() + speed * 0.055 * time * {"grow": 1, "shrink": -1}.get(name, 0)
+    moving, way = MOTIONS[CLASSES[label]]
+    speed = math.exp(rng.uniform(math.log(0.5), math.log(1.6)))
+    period, start = rng.uniform(8, 14), rng.uniform(0, 2 * math.pi)
+    # To and fro at the same mean speed: a sine of that period sweeps four amplitudes a period.
+    travel = way * time if way else period / 4 * np.sin(2 * math.pi * time / period + start)
+    path = {name: step * speed * travel * (name == moving) for name, step in STEP.items()}
+    px, py = rng.uniform(-1, 1) + path["x"], rng.uniform(-1, 1) + path["y"]
+    turn, phase = rng.uniform(0, 2 * math.pi) + path["turn"], rng.uniform() + path["size"]
 
     lobes = rng.uniform(0.5, 1.5, 3) * (0.10, 0.30, 0.10) * np.exp(1j * rng.uniform(0, 2 * math.pi, 3))
     skin = _Texture.draw(rng, 5, 2, contrast=0.30, tone=(0.30, 0.90))
@@ -99,7 +111,8 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
     image = background
     for level in levels:
         scale = 0.30 * 3.2**level  # half width, as a share of half the picture
-        z = (dx[:, None, :] + 1j * dy[:, :, None]) * (np.exp(-1j * turn) / scale)[:, None, None]  # (T, S, S)
+        z = (dx[:, None, :] + 1j * dy[:, :, None]).astype(np.complex64)  # (T, S, S)
+        z *= (np.exp(-1j * turn) / scale)[:, None, None].astype(np.complex64)
         radius = np.abs(z) + 1e-9
         ray = z / radius
         edge = 1 + (ray * (lobes[0] + ray * (lobes[1] + ray * lobes[2]))).real
@@ -115,7 +128,7 @@ def encode(frames: np.ndarray, path: Path, *, fps: int = FPS) -> None:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         # No B-frames: decord's last frame of such files depends on timing.
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "20", "bf": "0", "threads": "1"})
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "20", "preset": "veryfast", "bf": "0", "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -135,11 +148,11 @@ def _plan(cfg: MotionData) -> list[dict[str, str]]:
     """One row a video. The unlabelled part keeps its motion in the index for audits, never as a label."""
     rows, seed = [], cfg.seed * 1_000_000
     for split, per_class in (("train", cfg.labelled), ("unlabelled", cfg.unlabelled), ("test", cfg.test)):
-        for i in range(per_class):
+        for _i in range(per_class):
             for motion in CLASSES:
                 label = "" if split == "unlabelled" else motion
                 path = f"{split}/{seed:08d}.mp4" if not label else f"{split}/{label}/{seed:08d}.mp4"
-                rows.append(dict(path=path, label=label, group=str(seed), split=split, motion=motion, seed=str(seed)))
+                rows.append({"path": path, "label": label, "group": str(seed), "split": split, "motion": motion, "seed": str(seed)})
                 seed += 1
     return rows
 
@@ -169,11 +182,7 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: int = 1) -> Path:
             return root
     rows = _plan(cfg)
     work = partial(_write, root=root, size=cfg.size, frames=cfg.frames)
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            rows = list(tqdm(pool.map(work, rows, chunksize=32), total=len(rows), desc="drawing videos", unit="video"))
-    else:
-        rows = [work(row) for row in tqdm(rows, desc="drawing videos", unit="video")]
+    rows = over_processes(work, [(row,) for row in rows], workers, title="drawing videos", unit="video")
     with atomic(root / "index.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

@@ -38,7 +38,7 @@ def probe(path: Path | str) -> VideoInfo:
         DamagedVideo: unreadable, truncated or corrupt, or no video in it.
     """
     try:
-        with av.open(str(path), options={"err_detect": "explode"}) as container:
+        with av.open(str(path), options={"err_detect": "explode"}, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DamagedVideo("no video stream")
             stream = container.streams.video[0]
@@ -65,7 +65,7 @@ def _by_decord(path: Path | str, index: np.ndarray) -> np.ndarray:
 
 
 def _by_pyav(path: Path | str, index: np.ndarray) -> np.ndarray:
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         frames = [f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i in set(index)]
     return np.stack(frames)[np.searchsorted(np.unique(index), index)]
 
@@ -91,7 +91,10 @@ def read_square(path: Path | str, frames: int, size: int) -> tuple[Tensor, Video
     try:
         pixels = _by_decord(path, index)
     except decord.DECORDError:  # no AV1, and no width that its scaler pads (48, 72, ...)
-        pixels = _by_pyav(path, index)
+        try:
+            pixels = _by_pyav(path, index)
+        except (av.FFmpegError, ValueError) as error:  # ValueError: its frames differ in size
+            raise DamagedVideo(f"cannot be decoded ({type(error).__name__}: {error})") from error
     video = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
     small = interpolate(video, (size, size), mode="bilinear", antialias=True, align_corners=False)
     return small.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous(), info

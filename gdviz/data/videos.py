@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from gdviz.artefacts import UserError, fingerprint, load_json, save_json
 from gdviz.config import MotionData, View
 from gdviz.data.index import Clip, check_classes, read_clips, split_by_group
 from gdviz.data.motion import make_motion
 from gdviz.data.reader import DamagedVideo, read_square
+from gdviz.parallel import over_processes
 
 VERSION = 1  # raise when decoding or resizing changes: caches made by the old code are then made again
 
@@ -37,6 +35,7 @@ class VideoSet:
     groups: tuple[str, ...]
     metadata: Tensor  # (n, 5): frames, width, height, fps, bytes
     skipped: tuple[tuple[str, str], ...]  # (path, reason)
+    places: np.ndarray | None = None  # rows of ``pixels`` in use, when some videos were skipped
 
     def rows(self, split: str) -> Tensor:
         """Row numbers of a part: train, unlabelled or test."""
@@ -49,20 +48,19 @@ class VideoSet:
 
     def batch(self, rows: Tensor) -> Tensor:
         """uint8 tensor [b, f, h, w, 3]."""
-        return torch.from_numpy(np.asarray(self.pixels[rows.numpy()]))
+        places = rows.numpy() if self.places is None else self.places[rows.numpy()]
+        return torch.from_numpy(np.asarray(self.pixels[places]))
 
 
-def _decode(job: tuple[int, str], view: View, out: Path, count: int) -> tuple[int, list[float] | str]:
+def _decode(row: int, path: str, *, view: View, out: Path, count: int) -> list[float] | str:
     """Writes one video into its row of the shared array; returns its metadata, or why it was skipped."""
-    row, path = job
-    torch.set_num_threads(1)
     try:
         video, info = read_square(path, view.frames, view.size)
     except DamagedVideo as error:
-        return row, str(error)
+        return str(error)
     pixels = np.memmap(out, np.uint8, "r+", shape=(count, *video.shape))
     pixels[row] = video.numpy()
-    return row, [info.frames, info.width, info.height, info.fps, info.bytes]
+    return [info.frames, info.width, info.height, info.fps, info.bytes]
 
 
 def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, workers: int = 1) -> VideoSet:
@@ -82,7 +80,7 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
     Raises:
         UserError: too little is left to train and test on, or the disk is full.
     """
-    stats = [(str(c.path), c.label, c.group, c.split, c.path.stat().st_size, c.path.stat().st_mtime_ns) for c in clips]
+    stats = [(str(c.path), c.label, c.group, c.split, *_stat(c.path)) for c in clips]
     stamp = fingerprint(stats, view.size, view.frames, VERSION)
     folder = Path(cache) / stamp
     if not (folder / "index.json").exists():
@@ -101,14 +99,23 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
     return VideoSet(
         name=name,
         fingerprint=stamp,
-        pixels=pixels if len(keep) == len(clips) else pixels[keep],
+        pixels=pixels,
         label_names=label_names,
         labels=torch.tensor([label_names.index(c.label) if c.label and c.split != "unlabelled" else -1 for c in kept]),
         splits=tuple(c.split for c in kept),
         groups=tuple(c.group for c in kept),
         metadata=torch.tensor([index["found"][i] for i in keep]),
         skipped=skipped,
+        places=None if len(keep) == len(clips) else np.array(keep),
     )
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Size and time of change; a file that is gone is skipped like an unreadable one."""
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return -1, -1
 
 
 def _fill(folder: Path, clips: list[Clip], view: View, workers: int) -> None:
@@ -125,13 +132,9 @@ def _fill(folder: Path, clips: list[Clip], view: View, workers: int) -> None:
                 file.truncate(size)
         work = partial(_decode, view=view, out=out, count=len(clips))
         jobs = [(i, str(c.path)) for i, c in enumerate(clips)]
-        bar = partial(tqdm, total=len(jobs), desc="reading videos", unit="video")
-        if workers > 1:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                found = dict(bar(pool.map(work, jobs, chunksize=8)))
-        else:
-            found = dict(bar(map(work, jobs)))
-        save_json(partial_folder / "index.json", {"found": [found[i] for i in range(len(jobs))], "view": view})
+        found = over_processes(work, jobs, workers, title="reading videos", unit="video")
+        save_json(partial_folder / "index.json", {"found": found, "view": view})
+        shutil.rmtree(folder, ignore_errors=True)  # one without its index is of no use
         partial_folder.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}; free some space or choose another --cache") from error

@@ -97,9 +97,8 @@ class _Envelope(torch.autograd.Function):
         if torch.is_grad_enabled():  # the potentials are constants here: their derivative would read 0
             raise RuntimeError("transport costs are differentiable once only (no create_graph=True)")
         f, g = ctx.saved_tensors
-        return tuple(
-            grad[..., None] * x if needed else None for x, needed in zip((f, g), ctx.needs_input_grad, strict=False)
-        ) + (None, None, None)
+        to_a, to_b = ctx.needs_input_grad[:2]
+        return grad[..., None] * f if to_a else None, grad[..., None] * g if to_b else None, None, None, None
 
 
 @torch.compiler.disable

@@ -1,0 +1,91 @@
+"""What several test files share: a very small run, short videos, and real ones where they are present."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from gdviz.config import Distillation, Edges, MotionData, Profile, Schedule, Teachers, View
+from gdviz.data.motion import encode, render
+from gdviz.data.videos import VideoSet
+from gdviz.run import Run, execute
+
+REPO = Path(__file__).resolve().parents[1]
+
+TINY = Profile(
+    motion=MotionData(labelled=4, unlabelled=3, test=2, size=32, frames=12),
+    view=View(size=16, frames=12, length=4, stride=2),
+    teachers=Teachers(
+        tasks=("order", "prediction"),
+        strides=(2, 1),
+        backbone="tiny4",
+        pretrain=Schedule(epochs=2, batch=16),
+        fit=Schedule(epochs=2, batch=16),
+        folds=2,
+    ),
+    distillation=Distillation(student="tiny4", schedule=Schedule(epochs=2, batch=16), labelled_batch=8, edges=Edges(refreshes=3, gate_steps=2)),
+    seeds=(0,),
+    methods=("labels", "kd-best", "both-graphs", "both-shuffled"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _denormals():
+    """``execute`` with one worker flushes denormal numbers in this process: not in the next test."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def video_folder(tmp_path):
+    """``make(count, classes)``: a folder of class sub-folders with that many short videos each."""
+
+    def make(count: int = 3, classes: tuple[str, ...] = ("a", "b"), where: Path = tmp_path / "videos") -> Path:
+        for label, name in enumerate(classes):
+            (where / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                encode(render(label, i + 100 * label, size=32, frames=12), where / name / f"{name}{i}.mp4")
+        return where
+
+    return make
+
+
+def memory_set(pixels: np.ndarray, labels: list[int], splits: list[str]) -> VideoSet:
+    """A VideoSet without files: uint8 pixels [n, f, h, w, 3]."""
+    names, groups = tuple(f"c{i}" for i in range(max(labels) + 1)), tuple(str(i) for i in range(len(labels)))
+    return VideoSet("memory", "0", pixels, names, torch.tensor(labels), tuple(splits), groups, torch.zeros(len(labels), 5), ())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Run:
+    """A finished run of ``TINY``. Look at it, do not change it."""
+    root = tmp_path_factory.mktemp("finished")
+    run = Run(TINY, root / "run", cache=root / "data")
+    execute(run, workers=1)
+    return run
+
+
+def _shared_video(name: str) -> Path:
+    for folder in (REPO, *REPO.parents):
+        if (folder / "shared" / "video" / name).exists():
+            return folder / "shared" / "video" / name
+    pytest.skip(f"needs shared/video/{name}, real video that the repository does not hold")
+
+
+@pytest.fixture(scope="session")
+def ut_interaction() -> Path:
+    return _shared_video("ut_interaction_set1")
+
+
+@pytest.fixture(scope="session")
+def peer_clips() -> Path:
+    return _shared_video("peer_clips")

@@ -1,0 +1,194 @@
+"""The training loop: goes on from a checkpoint to the bit, follows its schedule, stops at nonsense; and files are whole."""
+
+import math
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Generator, nn
+
+from gdviz import artefacts, training
+from gdviz.artefacts import UserError, load_checkpoint, load_json, load_tensors, save_checkpoint, save_json, save_tensors
+from gdviz.config import Schedule
+from gdviz.teachers import calibration_temperature, folds_of
+from gdviz.training import learning_rate, train
+
+PLAN = Schedule(epochs=6, batch=8, lr=1e-2)
+
+
+class Interrupted(Exception):
+    """As if the process had been killed."""
+
+
+def problem() -> tuple[nn.Module, training.Step]:
+    """Batch norm (buffers), dropout (global generator) and noise (the step's generator): all that a checkpoint must cover."""
+    torch.manual_seed(3)
+    x = torch.randn(40, 5)
+    module = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def step(rows, rng):
+        noise = torch.randn(len(rows), 5, generator=rng)
+        loss = (module(x[rows] + 0.1 * noise) - x[rows].sum(1, keepdim=True)).square().mean()
+        return loss, {"rows": rows.float().mean(), "first": float(rows[0])}
+
+    return module, step
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_resuming_is_exact(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(training, "SAVE_EVERY_S", -1.0)
+    module, step = problem()
+    expected = train(module, step, torch.arange(40), PLAN, seed=5)
+
+    def stop(epoch):
+        if epoch == at:
+            raise Interrupted
+        return {"extra": epoch}
+
+    other, step = problem()
+    with pytest.raises(Interrupted):
+        train(other, step, torch.arange(40), PLAN, seed=5, checkpoint=tmp_path / "x.ckpt", on_epoch=stop)
+    resumed, step = problem()
+    torch.manual_seed(999)  # another process has another generator
+    began = []
+    history = train(resumed, step, torch.arange(40), PLAN, seed=5, checkpoint=tmp_path / "x.ckpt", on_epoch=lambda e: began.append(e) or {})
+    assert began == list(range(at, 6))
+    assert [{k: v for k, v in row.items() if k != "extra"} for row in history] == expected
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert not resumed.training
+
+
+def test_batches_cover_the_rows_once_an_epoch():
+    seen = []
+
+    def step(rows, rng):
+        seen.append(rows)
+        return weight.weight.sum(), {}
+
+    weight = nn.Linear(1, 1)
+    train(weight, step, torch.arange(100, 140), Schedule(epochs=2, batch=8), seed=0)
+    first, second = torch.cat(seen[:5]), torch.cat(seen[5:])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(100, 140))
+    assert not torch.equal(first, second)
+    seen.clear()
+    train(weight, step, torch.arange(5), Schedule(epochs=1, batch=8), seed=0)
+    assert [len(rows) for rows in seen] == [5]
+
+
+def test_learning_rate_warms_up_and_decays(monkeypatch):
+    rates = [learning_rate(PLAN, i / 1000) for i in range(1000)]
+    peak = max(range(1000), key=rates.__getitem__)
+    assert 90 <= peak <= 110
+    assert PLAN.lr * 0.95 < rates[peak] <= PLAN.lr
+    assert rates[0] < 0.02 * PLAN.lr
+    assert rates[-1] < 1e-4 * PLAN.lr
+    assert rates[550] == pytest.approx(PLAN.lr * 0.5 * (1 + math.cos(math.pi * 0.55)))
+    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
+    assert all(a > b for a, b in zip(rates[peak:-1], rates[peak + 1 :], strict=True))
+    used, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: used.append(self.param_groups[0]["lr"]) or real(self))
+    module, step = problem()
+    train(module, step, torch.arange(40), PLAN, seed=0)
+    assert used == [learning_rate(PLAN, i / 30) for i in range(30)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, bad):
+    module, step = problem()
+
+    def broken(rows, rng):
+        loss, logged = step(rows, rng)
+        return loss * (bad if len(calls) > 7 else 1), logged | {"n": float(calls.append(0) or 0)}
+
+    calls: list[int] = []
+    with pytest.raises(FloatingPointError, match="in epoch 1"):
+        train(module, broken, torch.arange(40), PLAN, seed=0, checkpoint=tmp_path / "x.ckpt")
+    assert not (tmp_path / "x.ckpt").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    module, step = problem()
+    file = tmp_path / "pretrain.ckpt"
+    save_checkpoint(file, {"module": module.state_dict()})
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"pretrain\.ckpt is damaged.*delete it"):
+        train(module, step, torch.arange(40), PLAN, seed=0, checkpoint=file)
+
+
+# --- files
+
+
+WRITERS = {
+    "tensors": (lambda p, n: save_tensors(p, {"x": torch.full((n,), 1.0)}), lambda p: load_tensors(p)["x"].numel()),
+    "checkpoint": (lambda p, n: save_checkpoint(p, {"x": torch.full((n,), 1.0)}), lambda p: load_checkpoint(p)["x"].numel()),
+    "json": (lambda p, n: save_json(p, {"x": [1] * n}), lambda p: len(load_json(p)["x"])),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, kind):
+    """A real failure of the operating system's write, by a limit on file size."""
+    resource = pytest.importorskip("resource", reason="needs a limit on file size")
+    write, read = WRITERS[kind]
+    write(tmp_path / "file", 10)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(UserError, match=r"cannot write .*file: .*choose another folder"):
+            write(tmp_path / "file", 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert read(tmp_path / "file") == 10
+
+
+def test_safetensors_errors_and_bad_folders_are_user_errors(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        save_json(tmp_path / "file" / "below.json", {})
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(artefacts, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_tensors(tmp_path / "x.safetensors", {})
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00garbage", None, "folder"])
+@pytest.mark.parametrize("load", [load_json, load_tensors, load_checkpoint])
+def test_unreadable_artefacts_are_named(tmp_path, load, content):
+    file = tmp_path / "artefact"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match="artefact") as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+
+
+# --- fitting teachers
+
+
+def test_folds_balance_classes_and_keep_groups_together():
+    labels = torch.arange(36) % 3
+    fold = folds_of(labels, [str(i) for i in range(36)], 3, seed=0)
+    assert all(labels[fold == f].bincount().tolist() == [4, 4, 4] for f in range(3))
+    groups = [str(i // 4) for i in range(36)]
+    fold = folds_of(labels, groups, 3, seed=0)
+    assert fold.unique().tolist() == [0, 1, 2]
+    assert all(len(fold[i : i + 4].unique()) == 1 for i in range(0, 36, 4))
+    with pytest.raises(ValueError, match="cross-fitting needs two"):
+        folds_of(torch.tensor([0, 0, 1]), ["a", "b", "c"], 3, seed=0)
+
+
+def test_calibration_undoes_overconfidence():
+    rng = Generator().manual_seed(0)
+    logits = 2 * torch.randn(4000, 5, generator=rng)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    assert float(calibration_temperature(3 * logits, labels)) == pytest.approx(3, rel=0.1)
+    assert float(calibration_temperature(logits / 2, labels)) == pytest.approx(0.5, rel=0.1)
