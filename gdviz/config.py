@@ -92,7 +92,7 @@ class Distillation:
     """Training of the student through the graphs."""
 
     student: str = "tiny8"
-    schedule: Schedule = Schedule(epochs=20, lr=5e-3)
+    schedule: Schedule = Schedule(epochs=30, lr=1e-2)
     labelled_batch: int = 16
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
     temperature: float = 1.0
@@ -104,7 +104,7 @@ class Distillation:
     """weight of the consensus in the logits graph"""
     logits_scale: float = 1.0
     """gradient norm of the logits graph relative to that of the cross-entropy"""
-    representation_scale: float = 1.0
+    representation_scale: float = 0.3
     """gradient norm of the representation graph relative to that of the cross-entropy"""
     distance: Literal["mmd", "cka", "coral"] = "mmd"
     """between the teachers' pair vertices and the student's"""
@@ -143,7 +143,7 @@ def _profiles() -> dict[str, Profile]:
     workshop = replace(
         smoke,
         teachers=replace(smoke.teachers, pretrain=Schedule(epochs=16)),
-        distillation=replace(smoke.distillation, schedule=Schedule(epochs=30, lr=5e-3)),
+        distillation=replace(smoke.distillation, schedule=Schedule(epochs=50, lr=1e-2)),
         methods=(*METHODS, *(f"kd-{task}" for task in smoke.teachers.tasks)),
     )
     paper = Profile(

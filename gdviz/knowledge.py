@@ -64,9 +64,7 @@ def ground_cost(knowledge: Knowledge, shrink: float) -> Float[Tensor, "c c"]:
     return normalise_cost(learned, shrink=shrink)
 
 
-def build_graphs(
-    knowledge: Knowledge, student_dim: int, rows: Tensor, cfg: Distillation
-) -> tuple[LogitsGraph, RepresentationGraph]:
+def build_graphs(knowledge: Knowledge, student_dim: int, rows: Tensor, cfg: Distillation) -> tuple[LogitsGraph, RepresentationGraph]:
     """Both graphs over the teachers; ``rows`` (the training videos) set the feature scales."""
     logits_graph = LogitsGraph(
         knowledge.teachers,

@@ -23,9 +23,7 @@ def kd_loss(
     Raises:
         ValueError: if T is not positive.
     """
-    return multi_teacher_kd_loss(
-        student_logits, teacher_probs[..., None, :], torch.ones_like(student_logits[..., :1]), temperature
-    )
+    return multi_teacher_kd_loss(student_logits, teacher_probs[..., None, :], torch.ones_like(student_logits[..., :1]), temperature)
 
 
 def multi_teacher_kd_loss(
@@ -49,9 +47,7 @@ def multi_teacher_kd_loss(
     return temperature**2 * (weights.detach() * divergence).sum(dim=-1).mean()
 
 
-def hint_loss(
-    student_features: Float[Tensor, "*batch dim"], teacher_features: Float[Tensor, "*batch dim"]
-) -> Float[Tensor, ""]:
+def hint_loss(student_features: Float[Tensor, "*batch dim"], teacher_features: Float[Tensor, "*batch dim"]) -> Float[Tensor, ""]:
     """``mean |h_s - h_t|^2 / d`` on features of one size (FitNets, Romero et al. 2015, eq. 3).
 
     The regressor that maps the student's features to the teacher's size belongs to the caller.

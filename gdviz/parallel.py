@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any
 
 import torch
@@ -14,7 +16,14 @@ from tqdm.auto import tqdm
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
+def _die_with_parent() -> None:
+    wait([parent_process().sentinel])
+    os._exit(1)
+
+
 def _start() -> None:
+    # A killed parent cannot cancel what it has queued; its children would work on, beside its successor's.
+    Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     # Transport potentials of unlikely classes are denormal numbers, a hundred times slower than others.
     torch.set_flush_denormal(True)

@@ -76,18 +76,22 @@ def draw_figures(run: Run, out: Path) -> list[Path]:
         plots.plot_plan(edge["plan"], videos.label_names, edge["rows"], edge["columns"], right)
         save("logits_graph", figure)
 
-        pairs = representation_graph.pairs
-        shown_features = [f[test] for f in knowledge.features]
-        agreement = representation_graph.pair_grams(shown_features)
-        figure, axes = plt.subplots(figsize=(5.4, 4.6))
-        plots.plot_representation_graph(representation_graph.to_networkx(edges.pairs[-1], agreement.std((1, 2))), axes)
-        save("representation_graph", figure)
+        file = run.student_folder(seed, shown) / "representation_graph.safetensors"
+        if file.exists():  # a student of the logits graph alone has no adapters
+            trained = build_graphs(knowledge, outputs["features"].shape[1], rows, run.profile.distillation)[1]
+            trained.load_state_dict(load_tensors(file))
+            with torch.no_grad():
+                features = [f[test] for f in knowledge.features]
+                distances = trained.distances(outputs["features"][test], features, edges.consensus[-1][test])
+            figure, axes = plt.subplots(figsize=(5.4, 4.6))
+            plots.plot_representation_graph(trained.to_networkx(edges.pairs[-1], distances), axes)
+            save("representation_graph", figure)
 
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
         plots.plot_edges_over_training(edges.teachers[:, rows].mean(1).numpy(), knowledge.teachers, left)
         left.set_title(f"teachers: effective number {effective_number(edges.teachers[-1][rows]).mean():.1f} of {len(knowledge.teachers)}")
         plots.plot_edges_over_training(edges.pairs.numpy(), representation_graph.names, right)
-        right.set_title(f"pairs: effective number {effective_number(edges.pairs[-1]):.1f} of {len(pairs)}")
+        right.set_title(f"pairs: effective number {effective_number(edges.pairs[-1]):.1f} of {len(representation_graph.pairs)}")
         save("edge_weights", figure)
 
         best = max(range(len(knowledge.teachers)), key=lambda k: float(edges.teachers[-1][rows, k].mean()))

@@ -5,7 +5,8 @@
     skipped.csv       videos that could not be read, and why
     seedN/teachers/TASK/    teacher.safetensors, outputs.safetensors, history.jsonl, result.json
     seedN/edges.safetensors, edges-shuffled.safetensors
-    seedN/students/METHOD/  student.safetensors, history.jsonl, result.json
+    seedN/students/METHOD/  student.safetensors, outputs.safetensors, history.jsonl, result.json,
+                            representation_graph.safetensors (adapters) where that graph is used
     metrics.jsonl     one row a teacher and a student: what the table and the figures are made of
     figures/
 
@@ -159,6 +160,8 @@ def train_student(run: Run, seed: int, method: str, bar: bool = False) -> None:
     test = videos.rows("test")
     logits, features = predict(student.classifier, videos, torch.arange(len(videos.splits)), profile.view)
     save_tensors(folder / "student.safetensors", student.classifier.state_dict())
+    if student.graph is not None:
+        save_tensors(folder / "representation_graph.safetensors", student.graph.state_dict())
     save_tensors(folder / "outputs.safetensors", {"logits": logits, "features": features})
     save_jsonl(folder / "history.jsonl", history)
     row = {"seed": seed, "kind": "student", "name": method, "accuracy": accuracy(logits[test], videos.labels[test])}
@@ -233,6 +236,7 @@ def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
     profile = run.profile
     profile.check()
     check_names(profile)
+    torch.set_flush_denormal(True)  # see gdviz.parallel: a single worker is this process
     claim_folder(run)
     videos = run.videos(workers)
     claim_folder(run, videos)

@@ -42,8 +42,15 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def pretrain(
-    task_name: str, cfg: Teachers, view: View, videos: VideoSet, *, seed: int, device: str = "cpu",
-    checkpoint: Path | None = None, progress: str | None = None,
+    task_name: str,
+    cfg: Teachers,
+    view: View,
+    videos: VideoSet,
+    *,
+    seed: int,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: str | None = None,
 ) -> tuple[Backbone, nn.Module, list[dict[str, float]]]:
     """Trains a backbone on a pretext task over all training videos, labels unseen.
 
@@ -117,9 +124,7 @@ def folds_of(labels: Tensor, groups: list[str], folds: int, seed: int) -> Tensor
     return fold
 
 
-def outputs_of(
-    backbone: Backbone, videos: VideoSet, cfg: Teachers, view: View, *, seed: int
-) -> tuple[Classifier, TeacherOutputs]:
+def outputs_of(backbone: Backbone, videos: VideoSet, cfg: Teachers, view: View, *, seed: int) -> tuple[Classifier, TeacherOutputs]:
     """Fits the teacher's head and reads it out on every video, labelled ones by cross-fitting."""
     train_rows = videos.rows("train")
     labels = videos.labels[train_rows]

@@ -27,7 +27,9 @@ TINY = Profile(
         fit=Schedule(epochs=2, batch=16),
         folds=2,
     ),
-    distillation=Distillation(student="tiny4", schedule=Schedule(epochs=2, batch=16), labelled_batch=8, edges=Edges(refreshes=3, gate_steps=2)),
+    distillation=Distillation(
+        student="tiny4", schedule=Schedule(epochs=2, batch=16), labelled_batch=8, edges=Edges(refreshes=3, gate_steps=2)
+    ),
     seeds=(0,),
     methods=("labels", "kd-best", "both-graphs", "both-shuffled"),
 )

@@ -173,7 +173,9 @@ def test_damaged_videos_are_skipped_with_a_reason(video_folder, tmp_path, how):
 
 
 def test_real_clips_that_break_decoders(peer_clips):
-    files = [p for p in peer_clips.rglob("*.*") if p.stat().st_size < 60_000 and p.suffix in reader.EXTENSIONS and p.name != "corrupted.mp4"]
+    files = [
+        p for p in peer_clips.rglob("*.*") if p.stat().st_size < 60_000 and p.suffix in reader.EXTENSIONS and p.name != "corrupted.mp4"
+    ]
     assert len(files) > 10
     for path in files:
         if path.name == "testsrc2_mpeg4.mp4":  # one frame only

@@ -51,7 +51,7 @@ def test_floor_and_effective_number():
     assert float(wt.effective_number(torch.tensor([1.0, 0, 0]))) == pytest.approx(1)
     assert float(wt.effective_number(torch.full((5,), 0.2))) == pytest.approx(5)
     for bad in ({"eta": 0.0}, {"eta": 1.0, "floor": 1.5}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"eta|floor"):
             wt.closed_form(torch.zeros(3), **bad)
 
 
@@ -139,9 +139,7 @@ def test_pair_weights_follow_the_labels():
     torch.testing.assert_close(wt.pair_weights(grams, unlabelled), wt.pair_weights(grams[:, :40, :40], labels[:40]))
 
 
-@pytest.mark.parametrize(
-    "labels", [torch.full((6,), -1), torch.zeros(6, dtype=torch.long), torch.tensor([0, 1, 2, -1, -1, -1])]
-)
+@pytest.mark.parametrize("labels", [torch.full((6,), -1), torch.zeros(6, dtype=torch.long), torch.tensor([0, 1, 2, -1, -1, -1])])
 def test_pair_weights_without_evidence_keep_the_prior(labels):
     grams = torch.randn(3, 6, 6).abs()
     prior = torch.tensor([0.2, 0.3, 0.5])

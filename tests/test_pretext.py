@@ -27,13 +27,12 @@ def numbered(count: int, frames: int = 12, size: int = 4) -> torch.Tensor:
     return number[..., None, None, None].expand(-1, -1, 3, size, size)
 
 
-def moving(rng: Generator, count: int = 32, frames: int = 12, size: int = 16, tint: float = 0.0) -> torch.Tensor:
-    """A bar that travels right at one pixel a frame and grows brighter, on noise and a colour of its own."""
+def moving(rng: Generator, count: int = 32, frames: int = 12, size: int = 16) -> torch.Tensor:
+    """A bar that travels right at one pixel a frame and grows brighter, on noise of its own."""
     start = torch.randint(size, (count, 1, 1), generator=rng)
     place = (torch.arange(size) - start - torch.arange(frames)[:, None]) % size  # (b, f, w)
     bar = (place < 4) * (0.5 + 0.1 * torch.arange(frames))[:, None]
-    ground = 0.3 * torch.randn(count, 1, 3, size, size, generator=rng) + tint * torch.randn(count, 1, 3, 1, 1, generator=rng)
-    return bar[:, :, None, None].expand(-1, -1, 3, size, -1) + ground
+    return bar[:, :, None, None].expand(-1, -1, 3, size, -1) + 0.3 * torch.randn(count, 1, 3, size, size, generator=rng)
 
 
 def build(name: str, stride: int = 2) -> tuple[nn.Module, nn.Module]:
@@ -150,18 +149,18 @@ def test_registration_scores_the_right_answer_one_and_the_mean_zero():
 
 
 @each_task
+@pytest.mark.usefixtures("bare")
 def test_a_backbone_learns_it(name):
     """A few steps on an easy case: well above chance, which a wrong target could not be."""
     rng = Generator().manual_seed(0)
     backbone, task = build(name)
     optimiser = torch.optim.Adam([*backbone.parameters(), *task.parameters()], lr=1e-2)
-    scores, tint = [], 2.0 if name == "coherence" else 0.0  # colour tells videos apart
-    for _ in range({"registration": 120, "prediction": 30}.get(name, 60)):
-        loss, metric = task(backbone, *task.views(moving(rng, tint=tint), rng))
+    scores = []
+    for _ in range({"registration": 80, "coherence": 60}.get(name, 40)):
+        loss, metric = task(backbone, *task.views(moving(rng), rng))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         scores.append(float(metric))
-    bar = {"order": 0.8, "coherence": 0.5, "registration": 0.25, "prediction": 0.25, "pace": 0.6}[name]
-    print(name, sum(scores[-10:]) / 10)
+    bar = {"order": 0.8, "coherence": 0.55, "registration": 0.25, "prediction": 0.5, "pace": 0.8}[name]
     assert sum(scores[-10:]) / 10 > bar

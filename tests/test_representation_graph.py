@@ -280,9 +280,7 @@ def test_state_dict_restores_scalers_and_hashes():
     other = RepresentationGraph(graph.teachers, (5, 7, 6), 4, seed=4).double()
     assert not torch.equal(other.sketch.hash, graph.sketch.hash)
     other.load_state_dict(graph.state_dict())
-    torch.testing.assert_close(
-        other.loss(h, features, None, torch.ones(3)), graph.loss(h, features, None, torch.ones(3))
-    )
+    torch.testing.assert_close(other.loss(h, features, None, torch.ones(3)), graph.loss(h, features, None, torch.ones(3)))
     torch.testing.assert_close(other.pair_features(features), graph.pair_features(features))
 
 

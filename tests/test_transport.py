@@ -199,17 +199,13 @@ def test_not_converging_warns_and_says_so():
         tr.barycenter(torch.stack([p, q]), torch.ones(2), cost, eps=0.02, max_iter=3)
 
 
-@pytest.mark.parametrize(
-    "a", [torch.tensor([0.5, -0.5, 1.0]), torch.zeros(3), torch.tensor([0.5, float("nan"), 0.5]), torch.ones(2)]
-)
+@pytest.mark.parametrize("a", [torch.tensor([0.5, -0.5, 1.0]), torch.zeros(3), torch.tensor([0.5, float("nan"), 0.5]), torch.ones(2)])
 def test_bad_marginals_raise(a):
     with pytest.raises((ValueError, TypeError)):  # TypeError: shapes checked at run time
         tr.sinkhorn(a, torch.ones(3), euclidean_cost(3))
 
 
-@pytest.mark.parametrize(
-    "cost", [torch.zeros(3, 3), torch.ones(3, 2), torch.tensor([[0.0, 1, 2], [3, 0, 1], [1, 1, 0]])]
-)
+@pytest.mark.parametrize("cost", [torch.zeros(3, 3), torch.ones(3, 2), torch.tensor([[0.0, 1, 2], [3, 0, 1], [1, 1, 0]])])
 def test_bad_costs_raise(cost):
     with pytest.raises((ValueError, TypeError)):
         tr.sinkhorn(torch.ones(3), torch.ones(3), cost)

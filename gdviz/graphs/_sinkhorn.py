@@ -145,9 +145,7 @@ def newton(a: Tensor, b: Tensor, log_kernel: Tensor, v: Tensor, tol: float, step
 
 
 @torch.no_grad()
-def solve(
-    a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int, guess: Tensor | None = None
-) -> Solved:
+def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int, guess: Tensor | None = None) -> Solved:
     """Solve for normalised marginals of one shape and dtype, from a ``guess`` of ``g`` if there is one."""
     eps_abs, sharpness = absolute_eps(cost, eps)
     given, shape = a.dtype, a.shape
@@ -234,8 +232,7 @@ def warn_unless(what: str, error: Tensor, tol: float, max_iter: int) -> bool:
     converged = bool((error <= tol).all())
     if not converged:
         warnings.warn(
-            f"{what}: marginal error {error.max().item():.1e} > tol {tol:.1e} within {max_iter} iterations; "
-            "raise eps, tol or max_iter",
+            f"{what}: marginal error {error.max().item():.1e} > tol {tol:.1e} within {max_iter} iterations; raise eps, tol or max_iter",
             ConvergenceWarning,
             stacklevel=4,
         )

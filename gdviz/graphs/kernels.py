@@ -12,9 +12,7 @@ from torch import Tensor
 MULTIPLES = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 
-def gram(
-    x: Float[Tensor, "*batch clips dim"], y: Float[Tensor, "*batch others dim"] | None = None
-) -> Float[Tensor, "*batch clips others"]:
+def gram(x: Float[Tensor, "*batch clips dim"], y: Float[Tensor, "*batch others dim"] | None = None) -> Float[Tensor, "*batch clips others"]:
     """``G_nm = <x_n, y_m>``; ``y`` defaults to ``x``."""
     return x @ (x if y is None else y).mT
 
@@ -53,9 +51,7 @@ def median_bandwidth(d2: Float[Tensor, "*batch clips clips"], default: float = 1
     return torch.where(median > 0, median, default)
 
 
-def gaussian_kernel(
-    d2: Float[Tensor, "*batch clips others"], bandwidth: Float[Tensor, "*batch"]
-) -> Float[Tensor, "*batch clips others"]:
+def gaussian_kernel(d2: Float[Tensor, "*batch clips others"], bandwidth: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch clips others"]:
     """``mean_m exp(-d^2 / (m s))`` over ``MULTIPLES`` m of the bandwidth s; in [0, 1].
 
     Several widths because a single one far below the distances has no gradient. The multiples are
@@ -106,9 +102,7 @@ def mmd2(
     return value + paired * h.diagonal(dim1=-2, dim2=-1).mean(dim=-1) if paired else value
 
 
-def label_pair_weights(
-    labels: Tensor | None, mu: float, clips: int, like: Tensor
-) -> Float[Tensor, "clips clips"] | None:
+def label_pair_weights(labels: Tensor | None, mu: float, clips: int, like: Tensor) -> Float[Tensor, "clips clips"] | None:
     """``1 + mu [y = y']`` from labels ``[N]`` (-1 unknown), ``1 + mu <b, b'>`` from soft ones ``[N, C]``.
 
     Rows of zeros among soft labels are unknown, too. None without labels.
@@ -124,9 +118,7 @@ def label_pair_weights(
     return 1 + mu * same.to(like)
 
 
-def unbiased_hsic(
-    k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]
-) -> Float[Tensor, "*batch"]:
+def unbiased_hsic(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]) -> Float[Tensor, "*batch"]:
     """Unbiased Hilbert-Schmidt independence criterion (Song et al. 2012, eq. 5), times ``N (N - 3)``.
 
     ``tr(K L) + 1'K1 1'L1 / ((N-1)(N-2)) - 2 / (N-2) 1'K L 1`` with zero diagonals in K and L.
@@ -145,9 +137,7 @@ def unbiased_hsic(
     return trace + product - 2 / (clips - 2) * (rows * other_rows).sum(-1)
 
 
-def unbiased_cka(
-    k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]
-) -> Float[Tensor, "*batch"]:
+def unbiased_cka(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]) -> Float[Tensor, "*batch"]:
     """``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))`` with unbiased HSIC (Nguyen et al. 2021, eq. 3).
 
     About 0 on independent features, 1 on equal ones. 0 where either matrix does not vary.

@@ -135,14 +135,10 @@ class LogitsGraph(nn.Module):
         self, teacher_probs: Float[Tensor, "batch teachers classes"], consensus: Float[Tensor, "batch classes"]
     ) -> Float[Tensor, "batch targets"]:
         """``W(p_k, p_k)`` and, last, ``W(b, b)``: ``[B, K + 1]``, for ``loss(self_terms=...)``."""
-        return self_cost(
-            torch.cat([teacher_probs, consensus[:, None].to(teacher_probs)], dim=1), self.cost, **self.solver
-        )
+        return self_cost(torch.cat([teacher_probs, consensus[:, None].to(teacher_probs)], dim=1), self.cost, **self.solver)
 
     @torch.no_grad()
-    def match(
-        self, teacher_probs: Float[Tensor, "batch teachers classes"], weights: Float[Tensor, "batch teachers"]
-    ) -> JointMatching:
+    def match(self, teacher_probs: Float[Tensor, "batch teachers classes"], weights: Float[Tensor, "batch teachers"]) -> JointMatching:
         """Solve the joint matching: ``argmin_b sum_k w_k S(b, p_k)``, its costs and its coupling.
 
         Args:

@@ -137,16 +137,12 @@ class RepresentationGraph(nn.Module):
         return self._pair_grams(x, x)
 
     @torch.no_grad()
-    def pair_features(
-        self, teacher_features: Sequence[Float[Tensor, "clips _"]]
-    ) -> Float[Tensor, "pairs clips sketch"]:
+    def pair_features(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> Float[Tensor, "pairs clips sketch"]:
         """Explicit (sketched) vectors ``[E, N, m]`` of the teachers' pair vertices, for UMAP or a bank."""
         return self.sketch(self.teacher_vectors(teacher_features), self.pairs)
 
     @torch.no_grad()
-    def student_pair_features(
-        self, student_features: Float[Tensor, "clips student_dim"]
-    ) -> Float[Tensor, "pairs clips sketch"]:
+    def student_pair_features(self, student_features: Float[Tensor, "clips student_dim"]) -> Float[Tensor, "pairs clips sketch"]:
         """The student's counterparts ``[E, N, m]``, in the same space as :meth:`pair_features`."""
         return self.sketch(self.student_vectors(student_features), self.pairs)
 
@@ -213,7 +209,5 @@ class RepresentationGraph(nn.Module):
         graph.add_node("student", kind="student")
         for e, (i, j) in enumerate(self.pairs):
             graph.add_node(self.names[e], kind="pair", teachers=(self.teachers[i], self.teachers[j]))
-            graph.add_edge(
-                self.names[e], "student", kind="distance", weight=float(pair_weights[e]), distance=float(distances[e])
-            )
+            graph.add_edge(self.names[e], "student", kind="distance", weight=float(pair_weights[e]), distance=float(distances[e]))
         return graph

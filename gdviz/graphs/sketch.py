@@ -43,9 +43,7 @@ class TensorSketch(nn.Module):
         sketched = x.new_zeros(*x.shape[:-1], self.sketch_dim)
         return sketched.index_add(-1, self.hash[slot, :dim], x * self.sign[slot, :dim].to(x.dtype))
 
-    def forward(
-        self, vectors: Sequence[Float[Tensor, "clips _"]], pairs: Sequence[tuple[int, int]]
-    ) -> Float[Tensor, "pairs clips sketch"]:
+    def forward(self, vectors: Sequence[Float[Tensor, "clips _"]], pairs: Sequence[tuple[int, int]]) -> Float[Tensor, "pairs clips sketch"]:
         """Sketches of ``vectors[i] (x) vectors[j]`` for each pair (i, j); each transform is done once.
 
         FFTs know no half precision: those are upcast to float32.

@@ -326,9 +326,7 @@ def barycenter(
         (_, _, b), error, iterations = _sinkhorn.iterate(step, (columns, w), state, tol, max_iter)
     converged = _sinkhorn.warn_unless("barycenter", error, tol, max_iter)
     b = (b / b.sum(dim=0)).mT.reshape(*batch, classes).to(given)
-    return Barycenter(
-        b, error.reshape(batch).to(given), iterations, converged, p.to(given), cost.detach().to(given), eps
-    )
+    return Barycenter(b, error.reshape(batch).to(given), iterations, converged, p.to(given), cost.detach().to(given), eps)
 
 
 def glue(

@@ -151,9 +151,7 @@ class Gate(nn.Module):
         return _with_floor(torch.softmax(self.bias + phi @ self.theta, dim=-1), self.floor)
 
 
-def gate_loss(
-    gate: Gate, probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"], rho: float
-) -> Float[Tensor, ""]:
+def gate_loss(gate: Gate, probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"], rho: float) -> Float[Tensor, ""]:
     """``mean_n -log(sum_k w_nk p_nk[y_n]) + rho KL(mean_n w || prior)`` on labelled clips.
 
     The second term holds the gate to its prior on average; without it a gate fitted on a hundred clips
@@ -198,9 +196,7 @@ def fit_gate(
 
 
 @torch.no_grad()
-def uniform(
-    probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"]
-) -> Float[Tensor, "clips teachers"]:
+def uniform(probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"]) -> Float[Tensor, "clips teachers"]:
     """``w_nk = 1 / K``."""
     return torch.full_like(probs[..., 0], 1 / probs.shape[1])
 
@@ -241,9 +237,7 @@ def gated(
 
 
 @torch.no_grad()
-def entropy_based(
-    probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"]
-) -> Float[Tensor, "clips teachers"]:
+def entropy_based(probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"]) -> Float[Tensor, "clips teachers"]:
     """``w_nk = (1 - softmax_k(H(p_nk))) / (K - 1)``: the surer teacher counts more.
 
     After EBKD (Kwon et al., ICASSP 2020); this normalisation is ours. A sure but wrong teacher wins.

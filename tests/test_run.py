@@ -1,0 +1,312 @@
+"""A run is the same run however often it is started, killed or starved; and no hidden label reaches it."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from gdviz import run as runs
+from gdviz import training
+from gdviz.artefacts import UserError, load_json, load_tensors
+from gdviz.config import Profile
+from gdviz.distill import distill
+from gdviz.edges import learn_edges
+from gdviz.knowledge import build_graphs, gather
+from gdviz.run import Run, execute, open_run
+from gdviz.teachers import outputs_of, pretrain
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}:{key}": value for file in files for key, value in load_tensors(file).items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    left, right = tensors_of(a), tensors_of(b)
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    for file in a.rglob("history.jsonl"):
+        assert file.read_bytes() == (b / file.relative_to(a)).read_bytes()
+    assert not [p for folder in (a, b) for p in folder.rglob("*") if p.suffix in (".part", ".ckpt")]
+
+
+def another(run: Run, folder: Path, **changes) -> Run:
+    """The same run, from the same videos, elsewhere."""
+    return replace(run, folder=folder, **changes)
+
+
+def test_what_a_finished_run_holds(finished):
+    rows = finished.metrics()
+    assert [(r["kind"], r["name"]) for r in rows] == [("teacher", t) for t in TINY.teachers.tasks] + [("student", m) for m in TINY.methods]
+    assert all(0 <= r["accuracy"] <= 1 for r in rows)
+    assert (finished.folder / "skipped.csv").read_text().split() == ["path,reason"]
+    assert load_json(finished.folder / "summary.json")["baselines"].keys() >= {"chance", "metadata", "single-frame", "mean-frame"}
+    reread = open_run(finished.folder)
+    assert reread.profile == TINY
+    assert reread.metrics() == rows
+    students = [load_tensors(finished.student_folder(0, m) / "student.safetensors") for m in TINY.methods]
+    keys = students[0].keys()
+    assert all(not all(torch.equal(a[k], b[k]) for k in keys) for a, b in itertools.pairwise(students))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(finished, tmp_path):
+    execute(another(finished, tmp_path / "again"), workers=1)
+    assert_same_run(finished.folder, tmp_path / "again")
+    other = replace(TINY, seeds=(1,), methods=("labels",), teachers=replace(TINY.teachers, tasks=("order",), strides=(2,)))
+    execute(another(finished, tmp_path / "other", profile=other), workers=1)
+    a, b = (
+        load_tensors(f / "student.safetensors") for f in (finished.student_folder(0, "labels"), tmp_path / "other/seed1/students/labels")
+    )
+    assert not torch.equal(a["fc.weight"], b["fc.weight"])
+
+
+class Killed(BaseException):
+    """Like SIGKILL, nothing may catch it."""
+
+
+def until_done(run: Run, failure: type[BaseException]) -> int:
+    for attempt in range(60):
+        runs._videos.cache_clear()
+        try:
+            execute(run, workers=1)
+        except failure:
+            continue
+        return attempt
+    raise AssertionError("the run does not get on")
+
+
+def test_killed_after_every_checkpoint(finished, tmp_path, monkeypatch):
+    """Each training dies after each epoch that is not its last, and goes on from there."""
+    real, died = training.save_checkpoint, []
+
+    def save_and_die(path, state):
+        real(path, state)
+        died.append(path)
+        raise Killed
+
+    monkeypatch.setattr(training, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(training, "save_checkpoint", save_and_die)
+    attempts = until_done(another(finished, tmp_path / "run"), Killed)
+    assert attempts == len(died) == 2 * (len(TINY.teachers.tasks) + len(TINY.methods))
+    assert_same_run(finished.folder, tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_again_and_again(finished, tmp_path, monkeypatch):
+    real, writes = os.fsync, []
+
+    def fsync(fd):
+        writes.append(fd)
+        if len(writes) % 11 == 0:
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert until_done(another(finished, tmp_path / "run"), UserError) > 3
+    assert_same_run(finished.folder, tmp_path / "run")
+
+
+def test_a_finished_run_is_not_done_again(finished, monkeypatch):
+    files = [p for p in finished.folder.rglob("*") if p.suffix in (".safetensors", ".ckpt") or p.name in ("result.json", "summary.json")]
+    before, rows = {p: p.stat().st_mtime_ns for p in files}, finished.metrics()
+    for name in ("pretrain", "learn_edges", "distill", "summarise"):
+        monkeypatch.setattr(runs, name, None)
+    began = time.monotonic()
+    assert execute(finished, workers=1) == rows
+    assert time.monotonic() - began < 5
+    assert {p: p.stat().st_mtime_ns for p in files} == before
+
+
+def test_what_was_deleted_is_made_again(finished, tmp_path):
+    run = another(finished, tmp_path / "run")
+    shutil.copytree(finished.folder, run.folder)
+    outputs = run.teacher_folder(0, "order") / "outputs.safetensors"
+    outputs.write_bytes(outputs.read_bytes()[:50])
+    (run.folder / "seed0/edges/result.json").unlink()
+    with pytest.raises(UserError, match=r"order/outputs\.safetensors is damaged.*delete it"):
+        execute(run, workers=1)
+    outputs.unlink()
+    shutil.rmtree(run.student_folder(0, "both-graphs"))
+    execute(run, workers=1)
+    assert_same_run(finished.folder, run.folder)
+
+
+def test_hidden_labels_change_nothing(finished):
+    """Labels outside the labelled part, replaced by nonsense, leave teacher, edges and student as they were."""
+    torch.set_flush_denormal(True)
+    videos, cfg = finished.videos(), TINY
+    known = gather({"order": outputs(finished)}, videos)
+    train = torch.tensor([s == "train" for s in videos.splits])
+    assert (known.labels[~train] == -1).all()
+    assert torch.equal(known.labels[train], videos.labels[train])
+    noise = torch.randint(12, (len(train),), generator=torch.Generator().manual_seed(0))
+    lying = replace(videos, labels=torch.where(train, videos.labels, noise))
+    found = {}
+    for task in cfg.teachers.tasks:
+        view = cfg.view_of(task)
+        backbone, _, _ = pretrain(task, cfg.teachers, view, lying, seed=0)
+        found[task] = outputs_of(backbone, lying, cfg.teachers, view, seed=0)[1]
+    knowledge = gather(found, lying)
+    edges = learn_edges(knowledge, *build_graphs(knowledge, 1, lying.training_rows, cfg.distillation), cfg.distillation.edges, seed=0)
+    student, _ = distill("both-graphs", knowledge, edges, lying, cfg.view, cfg.distillation, seed=0)
+    for key, value in load_tensors(finished.student_folder(0, "both-graphs") / "student.safetensors").items():
+        assert torch.equal(value, student.classifier.state_dict()[key]), key
+
+
+def outputs(run: Run) -> runs.TeacherOutputs:
+    return runs.TeacherOutputs(**load_tensors(run.teacher_folder(0, "order") / "outputs.safetensors"))
+
+
+def test_labelled_clips_are_judged_by_a_teacher_that_did_not_see_them(finished):
+    """Folds cover the labelled part and nothing else, and the whole teacher's logits differ from the out-of-fold ones."""
+    out, videos = outputs(finished), finished.videos()
+    train = torch.tensor([s == "train" for s in videos.splits])
+    assert ((out.fold >= 0) == train).all()
+    state = load_tensors(finished.teacher_folder(0, "order") / "teacher.safetensors")
+    whole = out.features @ state["model.fc.weight"].T + state["model.fc.bias"]
+    same = (whole - out.logits).abs().amax(1) < 1e-4
+    assert same[~train].all()
+    assert not same[train].any()
+
+
+# --- refusals, before any work
+
+
+def test_other_folders_are_refused(finished, tmp_path):
+    changed = replace(TINY, distillation=replace(TINY.distillation, beta=3.0))
+    with pytest.raises(UserError, match="another configuration"):
+        execute(replace(finished, profile=changed), workers=1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for name in ("notes", "file"):
+        with pytest.raises(UserError, match=f"--out .*{name}: is not empty and holds no run"):
+            execute(another(finished, tmp_path / name, cache=tmp_path / "none"), workers=1)
+    assert not (tmp_path / "none").exists()
+    assert os.listdir(tmp_path / "notes") == ["mine.txt"]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad.config\.json is not JSON"):
+        execute(another(finished, tmp_path / "bad"), workers=1)
+
+
+def vary(part: str, **changes) -> Profile:
+    return replace(TINY, **({part: replace(getattr(TINY, part), **changes)} if part else changes))
+
+
+BAD = {
+    "task": (vary("teachers", tasks=("order", "jigsaw")), "--teachers.tasks: unknown 'jigsaw'"),
+    "backbone": (vary("teachers", backbone="resnet50"), "--teachers.backbone resnet50: unknown"),
+    "student": (vary("distillation", student="tiny"), "--distillation.student tiny: unknown"),
+    "method": (vary("", methods=("labels", "kd-pace")), "--methods: unknown 'kd-pace'"),
+    "method twice": (vary("", methods=("labels", "labels")), "--methods"),
+    "strides": (vary("teachers", strides=(1, 2, 3)), "--teachers.strides: 3 strides for 2 tasks"),
+    "no seeds": (vary("", seeds=()), "--seeds"),
+    "clip": (vary("view", length=12), "--view.length 12"),
+    "epochs": (vary("teachers", pretrain=replace(TINY.teachers.pretrain, epochs=0)), "--teachers.pretrain"),
+}
+
+
+@pytest.mark.parametrize(("profile", "message"), BAD.values(), ids=BAD)
+def test_bad_settings_are_found_before_any_work(tmp_path, profile, message):
+    with pytest.raises(UserError) as caught:
+        execute(Run(profile, tmp_path / "run", cache=tmp_path / "data"), workers=1)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_labelled_videos_are_found_before_training(tmp_path):
+    with pytest.raises(UserError, match="1 to train on"):
+        execute(Run(vary("motion", labelled=1, unlabelled=1, test=2), tmp_path / "run", cache=tmp_path / "data"), workers=1)
+    assert not (tmp_path / "run").exists()
+
+
+# --- slow: real processes
+
+
+def start(run: Run, *more: str) -> subprocess.Popen:
+    """``gdviz run`` with small settings, as a process group of its own."""
+    flags = (
+        "--motion.labelled 4 --motion.unlabelled 3 --motion.test 2 --motion.size 32 --motion.frames 12 --view.size 16 --view.frames 12 "
+        "--view.length 4 --teachers.tasks order prediction --teachers.strides 2 1 --teachers.backbone tiny4 --teachers.folds 2 "
+        "--teachers.pretrain.epochs 30 --teachers.pretrain.batch 16 --teachers.fit.epochs 10 --distillation.student tiny4 "
+        "--distillation.schedule.epochs 30 --distillation.schedule.batch 16 --distillation.edges.refreshes 300 --seeds 0 "
+        "--methods labels both-graphs both-shuffled"
+    )
+    command = [sys.executable, "-m", "gdviz.cli", "run", *flags.split(), "--out", str(run.folder), "--cache", str(run.cache), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    return subprocess.Popen(
+        command, start_new_session=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+
+
+def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, process.stdout.read()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # into the middle of what has begun
+    assert process.poll() is None, "finished before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_sigkill_in_every_phase_changes_nothing(tmp_path):
+    """Killed while videos are drawn, and in the middle of teachers, edges and students; with two workers, against one."""
+    calm = Run(TINY, tmp_path / "calm", cache=tmp_path / "calm-data")
+    process = start(calm, "--workers", "1")
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text[-2000:]
+    run = Run(TINY, tmp_path / "run", cache=tmp_path / "data")
+    done = run.folder / "seed0"
+    phases = {
+        "data": lambda: len(list(run.cache.rglob("*.mp4"))) > 3,
+        "teachers": lambda: (run.folder / "config.json").exists(),
+        "one teacher": lambda: any(done.glob("teachers/*/result.json")),
+        "edges": lambda: len(list(done.glob("teachers/*/result.json"))) == 2,
+        "students": lambda: (done / "edges/result.json").exists() and (done / "edges-shuffled/result.json").exists(),
+    }
+    for ready in phases.values():
+        kill_when(start(run, "--workers", "2"), ready)
+        assert not (run.folder / "metrics.jsonl").exists()
+    process = start(run, "--workers", "2")
+    text, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, text[-2000:]
+    old, new = ((folder / "metrics.jsonl").read_text() for folder in (calm.folder, run.folder))
+    assert old == new
+    assert_same_run(calm.folder, run.folder)
+
+
+@pytest.mark.slow
+def test_real_videos_go_through(ut_interaction, tmp_path):
+    (tmp_path / "cache").mkdir()
+    flags = (
+        "--profile smoke --teachers.pretrain.epochs 1 --teachers.fit.epochs 2 --distillation.schedule.epochs 2 --seeds 0 1 "
+        "--methods labels both-graphs --workers 2"
+    )
+    command = [sys.executable, "-m", "gdviz.cli", "run", *flags.split(), "--data", str(ut_interaction), "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--cache", str(tmp_path)], capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    for line in ("baseline: metadata", "baseline: mean-frame", "student: both-graphs", "teacher: registration"):
+        assert line in done.stdout
+    videos = open_run(tmp_path / "run").videos()
+    assert videos.label_names == ("hand_shaking", "hugging", "kicking", "pointing", "punching", "pushing")
+    sides = [{g for g, s in zip(videos.groups, videos.splits, strict=True) if s == side} for side in ("train", "test")]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {str(i) for i in range(1, 11)}
+    assert len(list((tmp_path / "run" / "figures").glob("*.pdf"))) >= 4
