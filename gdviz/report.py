@@ -89,9 +89,17 @@ def draw_figures(run: Run, out: Path) -> list[Path]:
 
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
         plots.plot_edges_over_training(edges.teachers[:, rows].mean(1).numpy(), knowledge.teachers, left)
-        left.set_title(f"teachers: effective number {effective_number(edges.teachers[-1][rows]).mean():.1f} of {len(knowledge.teachers)}")
+        left.set_title(
+            f"teachers: effective number {effective_number(edges.teachers[-1][rows]).mean():.1f} of {len(knowledge.teachers)}",
+            loc="left",
+            pad=24,
+        )
         plots.plot_edges_over_training(edges.pairs.numpy(), representation_graph.names, right)
-        right.set_title(f"pairs: effective number {effective_number(edges.pairs[-1]):.1f} of {len(representation_graph.pairs)}")
+        right.set_title(
+            f"pairs: effective number {effective_number(edges.pairs[-1]):.1f} of {len(representation_graph.pairs)}", loc="left", pad=24
+        )
+        for ax in (left, right):
+            ax.set_xlabel("moment of the training")
         save("edge_weights", figure)
 
         best = max(range(len(knowledge.teachers)), key=lambda k: float(edges.teachers[-1][rows, k].mean()))

@@ -25,6 +25,8 @@ SPLITS = ("train", "unlabelled", "test")
 
 @dataclass(frozen=True)
 class Clip:
+    """One video file and where it belongs."""
+
     path: Path
     label: str  # empty: unlabelled
     group: str

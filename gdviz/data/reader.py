@@ -21,6 +21,8 @@ class DamagedVideo(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
+    """What the verifying pass found: frames really there, size in pixels, frames a second, bytes."""
+
     frames: int
     width: int
     height: int
