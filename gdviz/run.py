@@ -19,6 +19,7 @@ import csv
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -61,6 +62,9 @@ class Run:
     def teacher_folder(self, seed: int, task: str) -> Path:
         return self.folder / f"seed{seed}" / "teachers" / task
 
+    def edges_folder(self, seed: int, shuffled: bool) -> Path:
+        return self.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges")
+
     def student_folder(self, seed: int, method: str) -> Path:
         return self.folder / f"seed{seed}" / "students" / method
 
@@ -71,7 +75,7 @@ class Run:
         return gather({task: TeacherOutputs(**load_tensors(file)) for task, file in files.items()}, videos)
 
     def edges(self, seed: int, *, shuffled: bool = False) -> Edges:
-        return Edges(**load_tensors(self.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges") / "edges.safetensors"))
+        return Edges(**load_tensors(self.edges_folder(seed, shuffled) / "edges.safetensors"))
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row a finished teacher or student, in the order of the profile."""
@@ -92,16 +96,14 @@ def _videos(run: Run) -> VideoSet:
     return run.videos()
 
 
-def _done(folder: Path, *files: str) -> bool:
-    """A step is done when its result is there, and the files that later steps read."""
-    return all((folder / name).exists() for name in ("result.json", *files))
+def _left(jobs: list[tuple[Any, ...]], folder: Callable[..., Path], *files: str) -> list[tuple[Any, ...]]:
+    """The jobs that are not done: a step is done when its result is there, and the files that later steps read."""
+    return [job for job in jobs if not all((folder(*job) / name).exists() for name in ("result.json", *files))]
 
 
 def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
-    """Pre-trains, fits and reads out one teacher, unless that is done."""
+    """Pre-trains, fits and reads out one teacher."""
     folder, videos, profile = run.teacher_folder(seed, task), _videos(run), run.profile
-    if _done(folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl"):
-        return
     view = profile.view_of(task)
     backbone, head, history = pretrain(
         task, profile.teachers, view, videos,
@@ -126,10 +128,8 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
 
 
 def train_edges(run: Run, seed: int, shuffled: bool) -> None:
-    """Learns the edges of both graphs, or those of the control, unless that is done."""
-    folder, videos = run.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges"), _videos(run)
-    if _done(folder, "edges.safetensors"):
-        return
+    """Learns the edges of both graphs, or those of the control."""
+    folder, videos = run.edges_folder(seed, shuffled), _videos(run)
     knowledge = run.knowledge(seed, videos)
     if shuffled:
         knowledge = knowledge.shuffled(videos.training_rows, seed)
@@ -145,10 +145,8 @@ def train_edges(run: Run, seed: int, shuffled: bool) -> None:
 
 
 def train_student(run: Run, seed: int, method: str, bar: bool = False) -> None:
-    """Trains and tests one student, unless that is done."""
+    """Trains and tests one student."""
     folder, videos, profile = run.student_folder(seed, method), _videos(run), run.profile
-    if _done(folder, "student.safetensors", "outputs.safetensors", "history.jsonl"):
-        return
     shuffled = method == "both-shuffled"
     knowledge, edges = run.knowledge(seed, videos), run.edges(seed, shuffled=shuffled)
     if shuffled:
@@ -250,11 +248,15 @@ def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
         tqdm.write(f"skipped {path}: {reason}")
     seeds, methods = profile.seeds, profile.methods
     bars = workers == 1  # a bar of epochs below the bar of jobs
-    tasks = [(s, t) for s in seeds for t in profile.teachers.tasks]
-    over_processes(partial(train_teacher, run, bar=bars), tasks, workers, title="teachers")
+    teachers = [(s, t) for s in seeds for t in profile.teachers.tasks]
+    left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl")
+    over_processes(partial(train_teacher, run, bar=bars), left, workers, title="teachers")
     controls = (False, True) if "both-shuffled" in methods else (False,)
-    over_processes(partial(train_edges, run), [(s, c) for s in seeds for c in controls], workers, title="edges")
-    over_processes(partial(train_student, run, bar=bars), [(s, m) for s in seeds for m in methods], workers, title="students")
+    left = _left([(s, c) for s in seeds for c in controls], run.edges_folder, "edges.safetensors")
+    over_processes(partial(train_edges, run), left, workers, title="edges")
+    students = [(s, m) for s in seeds for m in methods]
+    left = _left(students, run.student_folder, "student.safetensors", "outputs.safetensors", "history.jsonl")
+    over_processes(partial(train_student, run, bar=bars), left, workers, title="students")
     metrics = run.metrics()
     save_jsonl(run.folder / "metrics.jsonl", metrics)
     if not (run.folder / "summary.json").exists():

@@ -122,8 +122,9 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     for name in ("pretrain", "learn_edges", "distill", "summarise"):
         monkeypatch.setattr(runs, name, None)
     began = time.monotonic()
-    assert execute(finished, workers=1) == rows
+    assert execute(finished, workers=2) == rows  # no job is left, so no worker is started
     assert time.monotonic() - began < 5
+    assert float(torch.tensor([1e-38]) * 1e-2) == 0  # a hundred times slower where denormal numbers are kept
     assert {p: p.stat().st_mtime_ns for p in files} == before
 
 
@@ -252,7 +253,7 @@ def start(run: Run, *more: str) -> subprocess.Popen:
 
 
 def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not ready():
         assert process.poll() is None, process.stdout.read()[-2000:]
         assert time.monotonic() < deadline
@@ -269,7 +270,7 @@ def test_sigkill_in_every_phase_changes_nothing(tmp_path):
     """Killed while videos are drawn, and in the middle of teachers, edges and students; with two workers, against one."""
     calm = Run(TINY, tmp_path / "calm", cache=tmp_path / "calm-data")
     process = start(calm, "--workers", "1")
-    text, _ = process.communicate(timeout=400)
+    text, _ = process.communicate(timeout=900)
     assert process.returncode == 0, text[-2000:]
     run = Run(TINY, tmp_path / "run", cache=tmp_path / "data")
     done = run.folder / "seed0"
@@ -284,7 +285,7 @@ def test_sigkill_in_every_phase_changes_nothing(tmp_path):
         kill_when(start(run, "--workers", "2"), ready)
         assert not (run.folder / "metrics.jsonl").exists()
     process = start(run, "--workers", "2")
-    text, _ = process.communicate(timeout=400)
+    text, _ = process.communicate(timeout=900)
     assert process.returncode == 0, text[-2000:]
     old, new = ((folder / "metrics.jsonl").read_text() for folder in (calm.folder, run.folder))
     assert old == new
