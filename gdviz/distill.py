@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gdviz.config import Distillation, View
-from gdviz.data.sampling import augment, sample_clips, to_float
+from gdviz.data.sampling import augment, clips_of
 from gdviz.data.videos import VideoSet
 from gdviz.edges import Edges
 from gdviz.graphs import RepresentationGraph
@@ -146,7 +146,7 @@ def distill(
         draw = labelled[torch.randint(len(labelled), (count + len(picked),), generator=rng)]
         picked = draw if method == "labels" else torch.cat([draw[:count], picked])
         supervised = len(picked) if method == "labels" else count
-        clips = augment(sample_clips(to_float(videos.batch(picked).to(device)), view.length, view.stride, rng), rng)
+        clips = augment(clips_of(videos.batch(picked).to(device), view.length, view.stride, rng), rng)
         logits, features = classifier(clips)
         ce = cross_entropy(logits[:supervised], videos.labels[picked[:supervised]].to(device))
         losses = distillation(picked, logits, features)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from gdviz.config import Edges as EdgesConfig
-from gdviz.graphs import Gate, LogitsGraph, RepresentationGraph, closed_form, evidence, gate_loss
+from gdviz.graphs import Gate, LogitsGraph, RepresentationGraph, closed_form, evidence, gate_loss, teacher_prior
 from gdviz.graphs.kernels import unbiased_cka
 from gdviz.knowledge import Knowledge
 
@@ -38,9 +38,11 @@ def learn_edges(
 
     Teachers: ``w_n = floor(softmax(log gate_n - c_n / eta))``, the closed form of
     ``min_w <w, c_n> + eta KL(w || gate_n)``, with evidence ``c`` (``gdviz.graphs.evidence``) and a
-    gate that starts uniform and descends the cross-entropy of the mixture ``sum_k gate_nk p_nk`` on
-    out-of-fold outputs of labelled clips (``gdviz.graphs.gate_loss``),
-    ``cfg.gate_steps`` steps from one moment to the next.
+    gate that starts at what the labels say of each teacher (``gdviz.graphs.teacher_prior``, which
+    hands it on to unlabelled clips) and descends the cross-entropy of the mixture
+    ``sum_k gate_nk p_nk`` on out-of-fold outputs of labelled clips (``gdviz.graphs.gate_loss``),
+    ``cfg.gate_steps`` steps from one moment to the next. The first moment is uniform, as a
+    reference; gate and evidence then come in by even steps.
 
     Pairs: ``v = floor(softmax(CKA / eta_pairs))``. The CKA with the label Gram matrix is taken
     within each fold (features of different folds live in different spaces) on a random half of its
@@ -52,7 +54,7 @@ def learn_edges(
     known = (labels >= 0).nonzero().squeeze(1)
     cost = evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
     softened = knowledge.probs(logits_graph.temperature)
-    gate = Gate(torch.full((probs.shape[1],), 1 / probs.shape[1]).log(), floor=cfg.floor)
+    gate = Gate(teacher_prior(probs, labels, logits_graph.cost, cfg.eta), floor=cfg.floor)
     optimiser = torch.optim.Adam(gate.parameters(), lr=0.05)
     rng = Generator().manual_seed(seed)
     weights, consensus, pairs, agreement = [], [], [], []
@@ -62,9 +64,8 @@ def learn_edges(
             gate_loss(gate, probs[known], labels[known], cfg.rho).backward()
             optimiser.step()
         with torch.no_grad():
-            # The evidence enters with the gate: the first moment is the uniform prior, as a reference.
             scale = moment / max(cfg.refreshes - 1, 1)
-            weights.append(closed_form(cost * scale, eta=cfg.eta, log_prior=gate(probs).log(), floor=cfg.floor))
+            weights.append(closed_form(cost * scale, eta=cfg.eta, log_prior=scale * gate(probs).log(), floor=cfg.floor))
             consensus.append(logits_graph.consensus(softened, weights[-1]))
             agreement.append(_pair_agreement(knowledge, representation_graph, known, rng))
             mean_agreement = torch.stack(agreement).mean(0)
@@ -82,5 +83,5 @@ def _pair_agreement(knowledge: Knowledge, graph: RepresentationGraph, known: Ten
             continue
         labels = knowledge.labels[rows]
         same = (labels[:, None] == labels[None, :]).float()
-        out.append(unbiased_cka(graph.pair_grams([f[rows] for f in knowledge.features]), same))
+        out.append(unbiased_cka(graph.pair_grams([f[rows] for f in knowledge.held_features]), same))
     return torch.stack(out).mean(0) if out else torch.zeros(len(graph.pairs))

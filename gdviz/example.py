@@ -68,7 +68,9 @@ class Example(Run):
 
     def knowledge(self, seed: int, videos: VideoSet) -> Knowledge:
         half = super().knowledge(seed, videos)
-        return replace(half, logits=half.logits.float(), features=[x.float() for x in half.features], fold=half.fold.long())
+        return replace(half, logits=half.logits.float(), fold=half.fold.long(), **{
+            name: [x.float() for x in getattr(half, name)] for name in ("features", "held_features")
+        })  # fmt: skip
 
     def edges(self, seed: int, *, shuffled: bool = False) -> Edges:
         half = vars(super().edges(seed, shuffled=shuffled))

@@ -22,6 +22,7 @@ class Knowledge:
     teachers: tuple[str, ...]
     logits: Float[Tensor, "n k c"]  # divided by each teacher's calibration temperature
     features: list[Float[Tensor, "n d"]]
+    held_features: list[Float[Tensor, "n d"]]  # out of fold on labelled videos, and else the same
     labels: Tensor  # (n,) labels of the labelled training part, else -1
     fold: Tensor  # (n,) cross-fitting fold of a labelled video, else -1
 
@@ -32,7 +33,8 @@ class Knowledge:
         """The control: what is known of the clips in ``rows``, dealt to the wrong ones of them."""
         order = torch.arange(len(self.labels))
         order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
-        return replace(self, logits=self.logits[order], features=[f[order] for f in self.features])
+        features, held = ([f[order] for f in group] for group in (self.features, self.held_features))
+        return replace(self, logits=self.logits[order], features=features, held_features=held)
 
     def best_teacher(self) -> str:
         """The one most often right out of fold on the labelled clips: a choice that needs no test labels."""
@@ -48,6 +50,7 @@ def gather(outputs: dict[str, TeacherOutputs], videos: VideoSet) -> Knowledge:
         teachers=tuple(outputs),
         logits=torch.stack([o.logits / o.temperature for o in outputs.values()], 1),
         features=[o.features for o in outputs.values()],
+        held_features=[o.held_features for o in outputs.values()],
         labels=torch.where(known, videos.labels, -1),
         fold=next(iter(outputs.values())).fold,
     )

@@ -64,7 +64,7 @@ def _tiny(width: int) -> Backbone:
         nn.BatchNorm3d(width),
         nn.ReLU(inplace=True),
     )
-    blocks = [_Block(width, width, 1, 1), _Block(width, 2 * width, 2, 1), _Block(2 * width, 4 * width, 2, 2)]
+    blocks = [_Block(width, 2 * width, 2, 1), _Block(2 * width, 2 * width, 1, 1), _Block(2 * width, 4 * width, 2, 2)]
     return Backbone(nn.Sequential(stem, *blocks), 4 * width)
 
 

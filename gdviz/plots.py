@@ -161,17 +161,18 @@ def _heat(
     matrix: Any, ax: Axes | None, labels: Sequence[str], scale: str, sides: tuple[str, str], digits: int = 2, vmax: float = 0.0
 ) -> Axes:
     """Heat map with a colour bar; numbers in the cells of up to 10 classes, names of up to 30."""
+    import seaborn as sns
+
     ax, values = _axes(ax, 4.8, 4.0), _array(matrix).astype(float)
-    image = ax.imshow(values, vmin=0, vmax=vmax or max(values.max(), 1e-12), interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, shrink=0.8, label=scale)
-    if len(labels) <= 30:
-        ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
-        ax.set_yticks(range(len(labels)), labels)
-    for (i, j), value in np.ndenumerate(values if len(labels) <= 10 else values[:0]):
-        if round(value, digits) > 0:
-            ink = "black" if image.norm(value) > 0.45 else "white"
-            ax.text(j, i, f"{value:.{digits}f}".removeprefix("0"), ha="center", va="center", color=ink, fontsize=7)
-    ax.set(ylabel=sides[0], xlabel=sides[1])
+    numbers = [[f"{v:.{digits}f}".removeprefix("0") if round(v, digits) > 0 else "" for v in row] for row in values]
+    names = list(labels) if len(labels) <= 30 else False
+    sns.heatmap(
+        values, ax=ax, vmin=0, vmax=vmax or max(values.max(), 1e-12), cmap="cividis", xticklabels=names, yticklabels=names,
+        annot=np.array(numbers) if len(labels) <= 10 else None, fmt="", annot_kws={"size": 7}, cbar_kws={"label": scale, "shrink": 0.8},
+    )  # fmt: skip
+    plt.setp(ax.get_yticklabels(), rotation=0, va="center")
+    plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+    ax.set(ylabel=sides[0], xlabel=sides[1], box_aspect=1)
     return ax
 
 
@@ -303,7 +304,7 @@ def plot_tradeoff(
     ax.figure.draw_without_rendering()  # sizes on paper are needed to keep the names apart
     taken = [Bbox.from_bounds(*(dot - 4), 8, 8) for dot in ax.transData.transform(at)]
     for row, point in zip(rows, at, strict=True):
-        text = ax.annotate(row["name"], point, (8, 0), textcoords="offset points", va="center", fontsize=8)
+        text = ax.annotate(METHOD_NAMES.get(row["name"], row["name"]), point, (8, 0), textcoords="offset points", va="center", fontsize=8)
         for dy, side in [(dy, side) for dy in (0, 12, -12, 24, -24) for side in (1, -1)]:
             text.set(position=(8 * side, dy), ha="left" if side > 0 else "right")
             box = text.get_window_extent()

@@ -24,8 +24,12 @@ def scores(run: Run) -> dict[tuple[str, str], list[float]]:
     return dict(found)
 
 
+def _percent(values: list[float]) -> str:
+    return f"{100 * mean(values):5.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def table(run: Run) -> str:
-    """Mean and spread (standard deviation over seeds) of every teacher and student, sizes, and baselines, as text."""
+    """Mean and spread (standard deviation over seeds) of every teacher and student, sizes and baselines, as text."""
     summary = load_json(run.folder / "summary.json")
     data = summary["data"]
     count = data["videos"]
@@ -36,9 +40,14 @@ def table(run: Run) -> str:
         f"{'':34}top-1 (mean ± std)",
     ]
     lines += [f"  {'baseline: ' + name:32}{100 * value:5.1f}" for name, value in summary["baselines"].items()]
-    for (kind, name), values in scores(run).items():
-        spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-        lines.append(f"  {kind + ': ' + name:32}{100 * mean(values):5.1f}{spread}")
+    found = scores(run)
+    for (kind, name), values in found.items():
+        lines.append(f"  {kind + ': ' + name:32}{_percent(values)}")
+    both = found.get(("student", "both-graphs"), [])
+    others = [name for (kind, name), values in found.items() if kind == "student" and name != "both-graphs" and len(values) == len(both)]
+    lines += ["", f"{'both-graphs less, seed by seed':34}points"] if others else []
+    for name in others:
+        lines.append(f"  {name:32}{_percent([a - b for a, b in zip(both, found['student', name], strict=True)])}")
     ratio, student = summary["ratio"], summary["student"]
     lines += [
         "",

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gdviz.config import Schedule, Teachers, View
-from gdviz.data.sampling import augment, sample_clips, to_float
+from gdviz.data.sampling import augment, clips_of, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
@@ -24,12 +24,14 @@ from gdviz.training import train
 class TeacherOutputs:
     """What distillation needs to know of a frozen teacher, for every video of the set.
 
-    Rows of labelled training videos hold *out-of-fold* logits and features: those of a copy of the
-    teacher that was fitted without that video's fold.
+    Labelled training videos have *out-of-fold* logits and ``held_features``: those of a copy of the
+    teacher that was fitted without that video's fold. ``features`` are all the teacher's own, because
+    those of different copies live in different spaces.
     """
 
     logits: Float[Tensor, "n c"]
     features: Float[Tensor, "n d"]
+    held_features: Float[Tensor, "n d"]
     fold: Tensor  # (n,) fold of a labelled training video, else -1
     temperature: Tensor  # () calibration temperature
 
@@ -84,7 +86,7 @@ def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule
     model = Classifier(copy.deepcopy(backbone), len(videos.label_names)).to(device)
 
     def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        clips = augment(sample_clips(to_float(videos.batch(rows).to(device)), view.length, view.stride, rng), rng)
+        clips = augment(clips_of(videos.batch(rows).to(device), view.length, view.stride, rng), rng)
         return cross_entropy(model(clips)[0], videos.labels[rows].to(device)), {}
 
     train(model, step, rows, schedule, seed=seed)
@@ -96,7 +98,7 @@ def predict(model: Classifier, videos: VideoSet, rows: Tensor, view: View, batch
     """Logits [n, c] and features [n, d] of the centred clips of ``rows``."""
     model.eval()
     device = device_of(model)
-    out = [model(sample_clips(to_float(videos.batch(part).to(device)), view.length, view.stride)) for part in rows.split(batch)]
+    out = [model(clips_of(videos.batch(part).to(device), view.length, view.stride)) for part in rows.split(batch)]
     logits, features = (torch.cat(parts).float().cpu() for parts in zip(*out, strict=True))
     return logits, features
 
@@ -130,12 +132,13 @@ def outputs_of(backbone: Backbone, videos: VideoSet, cfg: Teachers, view: View, 
     labels = videos.labels[train_rows]
     model = fit(backbone, videos, train_rows, view, cfg.fit, seed=seed)
     logits, features = predict(model, videos, torch.arange(len(videos.splits)), view)
+    held_features = features.clone()
     fold = folds_of(labels, [videos.groups[i] for i in train_rows], cfg.folds, seed)
     for number in range(int(fold.max()) + 1):
         held = train_rows[fold == number]
         without = fit(backbone, videos, train_rows[fold != number], view, cfg.fit, seed=seed)
-        logits[held], features[held] = predict(without, videos, held, view)
+        logits[held], held_features[held] = predict(without, videos, held, view)
     everywhere = torch.full((len(videos.splits),), -1)
     everywhere[train_rows] = fold
     temperature = calibration_temperature(logits[train_rows], labels)
-    return model, TeacherOutputs(logits, features, everywhere, temperature)
+    return model, TeacherOutputs(logits, features, held_features, everywhere, temperature)

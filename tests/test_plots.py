@@ -126,7 +126,7 @@ def test_heat_maps_show_the_matrix_they_were_given(classes):
     matrix = np.random.default_rng(0).dirichlet(np.ones(classes * classes)).reshape(classes, classes)
     labels = [f"c{i}" for i in range(classes)]
     ax = plots.plot_plan(torch.tensor(matrix), labels, "consensus", "order")
-    np.testing.assert_allclose(ax.images[0].get_array(), matrix)
+    np.testing.assert_allclose(ax.collections[0].get_array(), matrix)
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("consensus", "order")
     assert ([t.get_text() for t in ax.get_yticklabels()] == labels) == (classes <= 30)
     assert bool(ax.texts) == (classes <= 10)
@@ -134,10 +134,10 @@ def test_heat_maps_show_the_matrix_they_were_given(classes):
 
 def test_cost_and_confusion_are_scaled_as_said():
     ax = plots.plot_cost(zero_one_cost(3), "abc")
-    assert [t.get_text() for t in ax.texts] == ["1.0"] * 6
+    assert [t.get_text() for t in ax.texts if t.get_text()] == ["1.0"] * 6
     ax = plots.plot_confusion(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), "abc")
-    np.testing.assert_allclose(ax.images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
-    assert ax.images[0].get_clim() == (0, 1)
+    np.testing.assert_allclose(ax.collections[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
+    assert ax.collections[0].get_clim() == (0, 1)
 
 
 def test_edges_over_training_names_lines_without_overlap_and_marks_uniform():

@@ -56,7 +56,7 @@ def test_declared_dependencies_are_those_imported():
     declared = {names.get(n, n) for n in (re.match(r"[\w-]+", line)[0] for line in lines)}
     imported = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)} - set(sys.stdlib_module_names) - {"gdviz"}
     assert imported - declared <= {"IPython"}, "imported, not declared"  # IPython comes with ipykernel
-    at_hand = {"jupyterlab", "nbconvert", "ipykernel", "ipywidgets", "seaborn"}  # for those who work in the notebooks
+    at_hand = {"jupyterlab", "nbconvert", "ipykernel", "ipywidgets"}  # for those who work in the notebooks
     assert declared - imported <= at_hand, "declared, not imported"
 
 

@@ -34,9 +34,9 @@ MOTIONS = {
     "clockwise": ("turn", 1), "anticlockwise": ("turn", -1), "wobble": ("turn", 0),
     "grow": ("size", 1), "shrink": ("size", -1), "pulse": ("size", 0),
 }  # fmt: skip
-STEP = {"x": 0.075, "y": 0.075, "turn": 0.20, "size": 0.055}  # a frame, at speed 1
+STEP = {"x": 0.075, "y": 0.075, "turn": 0.28, "size": 0.08}  # a frame, at speed 1
 FPS = 12
-VERSION = 1  # raise when the renderer changes: sets made by the old one are then made again
+VERSION = 2  # raise when the renderer changes: sets made by the old one are then made again
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
     still, unit = np.zeros(frames), np.ones(frames)
     shake_x, shake_y = rng.normal(scale=0.02, size=(2, frames))
     drift, drift_speed = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.03)
-    background = _Texture.draw(rng, 6, 3, contrast=0.10, tone=(0.10, 0.70)).paint(
+    background = _Texture.draw(rng, 6, 3, contrast=0.10, tone=(0.15, 0.75)).paint(
         axis + (shake_x + drift_speed * math.cos(drift) * time)[:, None],
         axis + (shake_y + drift_speed * math.sin(drift) * time)[:, None],
         still,
@@ -103,7 +103,7 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
     turn, phase = rng.uniform(0, 2 * math.pi) + path["turn"], rng.uniform() + path["size"]
 
     lobes = rng.uniform(0.5, 1.5, 3) * (0.10, 0.30, 0.10) * np.exp(1j * rng.uniform(0, 2 * math.pi, 3))
-    skin = _Texture.draw(rng, 5, 2, contrast=0.30, tone=(0.30, 0.90))
+    skin = _Texture.draw(rng, 5, 2, contrast=0.30, tone=(0.25, 0.85))
     # The nearest image of the object on the torus: what leaves on one side enters on the other.
     dx = (axis - (px + shake_x)[:, None] + 1) % 2 - 1  # (T, S)
     dy = (axis - (py + shake_y)[:, None] + 1) % 2 - 1

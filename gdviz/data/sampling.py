@@ -13,13 +13,11 @@ def to_float(frames: Tensor) -> Tensor:
     return frames.movedim(-1, -3).float().div_(255).sub_(0.5).div_(0.25)
 
 
-def sample_clips(
-    videos: Float[Tensor, "b f 3 h w"], length: int, stride: int | Tensor, rng: Generator | None = None
-) -> Float[Tensor, "b 3 t h w"]:
-    """Takes one clip of ``length`` frames, ``stride`` frames apart, from each video.
+def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generator | None = None) -> Tensor:
+    """Takes ``length`` frames, ``stride`` frames apart, from each video: [b, f, ...] to [b, length, ...].
 
     Args:
-        videos: decoded videos.
+        videos: decoded videos, frames second.
         length: frames of a clip.
         stride: distance between frames; one for all, or one a video [b]. Lowered to the largest
             that fits when the videos are too short for it.
@@ -36,7 +34,19 @@ def sample_clips(
     start = room // 2 if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long()
     index = start[:, None] + stride[:, None] * torch.arange(length)  # (b, t)
     rows = torch.arange(count)[:, None]
-    return videos[rows.to(videos.device), index.to(videos.device)].transpose(1, 2)
+    return videos[rows.to(videos.device), index.to(videos.device)]
+
+
+def sample_clips(
+    videos: Float[Tensor, "b f 3 h w"], length: int, stride: int | Tensor, rng: Generator | None = None
+) -> Float[Tensor, "b 3 t h w"]:
+    """One clip of each video, by :func:`pick_frames`, in the layout of networks."""
+    return pick_frames(videos, length, stride, rng).transpose(1, 2)
+
+
+def clips_of(frames: Tensor, length: int, stride: int, rng: Generator | None = None) -> Float[Tensor, "b 3 t h w"]:
+    """``sample_clips(to_float(frames), ...)`` of raw frames [b, f, h, w, 3]; only those of the clip are converted."""
+    return to_float(pick_frames(frames, length, stride, rng)).transpose(1, 2)
 
 
 def augment(clips: Float[Tensor, "b 3 t h w"], rng: Generator, strength: float = 1.0) -> Float[Tensor, "b 3 t h w"]:

@@ -4,6 +4,11 @@ Vertices are pairs of teachers ``i < j``, ``r_ij = x_i (x) x_j``, and the studen
 ``r^s_ij = s_i (x) s_j`` with ``s_k = A_k h_s``. The paper's abstract has the "pairwise ensembled
 representations"; the kernel route, the class weights and the learned edges are ours.
 
+Every factor carries a constant coordinate (ours): with x = [u, 1] the products hold u_i (x) u_j and
+u_i, u_j themselves. Without it the loss has a saddle where a new student starts: cosines near zero
+multiply to nothing, and so do their gradients. On the embedded data a student of this graph alone then
+stayed at chance; with the coordinate it learned.
+
 Scale. ``x_k`` is the teacher's pooled feature standardised per coordinate (buffers, see
 ``fit_scalers``) and divided by its length; ``h_s`` is centred on the batch, adapted, and divided by its
 length too. Products of unit vectors stay in [-1, 1] whatever the feature sizes.
@@ -28,6 +33,11 @@ def _unit(x: Tensor) -> Tensor:
     """``x / |x|``, smooth where x vanishes (a gradient of at most 1e3 instead of infinite)."""
     mean_square = x.pow(2).mean(dim=-1, keepdim=True)
     return x * torch.rsqrt(mean_square + 1e-6) / x.shape[-1] ** 0.5
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """``[x, 1] / sqrt 2`` for unit x: unit again, and products of two such vectors hold both of first order, too."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) * 0.5**0.5
 
 
 class RepresentationGraph(nn.Module):
@@ -84,7 +94,7 @@ class RepresentationGraph(nn.Module):
         for k, d in enumerate(teacher_dims):
             self.register_buffer(f"mean_{k}", torch.zeros(d))
             self.register_buffer(f"std_{k}", torch.ones(d))
-        self.sketch = TensorSketch(max(teacher_dims), sketch_dim, seed=seed)
+        self.sketch = TensorSketch(max(teacher_dims) + 1, sketch_dim, seed=seed)
 
     @torch.no_grad()
     def fit_scalers(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> None:
@@ -113,14 +123,14 @@ class RepresentationGraph(nn.Module):
         vectors = []
         for k, x in enumerate(self._checked(teacher_features)):
             mean, std = getattr(self, f"mean_{k}"), getattr(self, f"std_{k}")
-            vectors.append(_unit((x.detach().to(mean.dtype) - mean) / std))
+            vectors.append(_with_one(_unit((x.detach().to(mean.dtype) - mean) / std)))
         return vectors
 
     def student_vectors(self, student_features: Float[Tensor, "clips student_dim"]) -> list[Float[Tensor, "clips _"]]:
         """Adapted unit vectors ``s_k [N, d_k]``, centred on the batch (a single clip is not)."""
         h = student_features.to(self.adapters[0].weight.dtype)
         h = h - h.mean(dim=0) if len(h) > 1 else h
-        return [_unit(adapter(h)) for adapter in self.adapters]
+        return [_with_one(_unit(adapter(h))) for adapter in self.adapters]
 
     def _pair_grams(self, x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
         """``<x_i, y_i'> <x_j, y_j'>`` for every pair: ``[E, N, N]``."""
