@@ -316,3 +316,12 @@ def test_bad_arguments_raise():
         graph.loss(h, features, None, torch.ones(2))
     with pytest.raises((ValueError, TypeError)):
         graph.loss(h, features, torch.zeros(5, dtype=torch.long), torch.ones(3))
+
+
+def test_a_new_student_is_not_on_a_saddle():
+    """Student vectors at right angles to all teachers' still have a gradient; products of their cosines alone had none."""
+    graph, h, features = make()
+    for adapter in graph.adapters:
+        torch.nn.init.zeros_(adapter.weight)
+    graph.loss(h, features, None, torch.ones(3)).backward()
+    assert all(adapter.weight.grad.norm() > 1e-3 for adapter in graph.adapters)
