@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,7 +293,8 @@ def test_cache_is_used_again_and_only_for_the_same_files(video_folder, tmp_path,
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(tmp_path):
-    one, two = (videos.load_motion(SMALL, VIEW, tmp_path / str(n), workers=n) for n in (1, 2))
+    # At 32 pixels x264's vector code differs from run to run on a few videos in thousands; at 64 it was never seen to.
+    one, two = (videos.load_motion(replace(SMALL, size=64), VIEW, tmp_path / str(n), workers=n) for n in (1, 2))
     assert np.array_equal(one.pixels, two.pixels)
     assert torch.equal(one.labels, two.labels)
     (a, b) = tmp_path.rglob("index.csv")
