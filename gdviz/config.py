@@ -49,6 +49,8 @@ class Schedule:
     batch: int = 64
     lr: float = 3e-3
     weight_decay: float = 1e-3
+    min_steps: int = 5
+    """steps of an epoch at least, over the same clips again: sixty videos are not learned in one step an epoch"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Teachers:
     strides: tuple[int, ...] = (3, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16"
-    pretrain: Schedule = Schedule(epochs=10, batch=32)
+    pretrain: Schedule = Schedule(epochs=10, batch=32, min_steps=20)
     fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)
     """fitting on the labelled part"""
     folds: int = 3
@@ -92,7 +94,7 @@ class Distillation:
     """Training of the student through the graphs."""
 
     student: str = "tiny8"
-    schedule: Schedule = Schedule(epochs=15, batch=32, lr=1e-2)
+    schedule: Schedule = Schedule(epochs=15, batch=32, lr=1e-2, min_steps=20)
     labelled_batch: int = 8
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
     temperature: float = 1.0
@@ -142,8 +144,8 @@ def _profiles() -> dict[str, Profile]:
     # A laptop's twenty minutes: longer training, and plain distillation from every teacher.
     workshop = replace(
         smoke,
-        teachers=replace(smoke.teachers, pretrain=Schedule(epochs=20, batch=32)),
-        distillation=replace(smoke.distillation, schedule=Schedule(epochs=40, batch=32, lr=1e-2), labelled_batch=16),
+        teachers=replace(smoke.teachers, pretrain=Schedule(epochs=20, batch=32, min_steps=20)),
+        distillation=replace(smoke.distillation, schedule=Schedule(epochs=40, batch=32, lr=1e-2, min_steps=20), labelled_batch=16),
         methods=(*METHODS, *(f"kd-{task}" for task in smoke.teachers.tasks)),
     )
     paper = Profile(

@@ -41,7 +41,7 @@ from gdviz.parallel import over_processes
 from gdviz.pretext import TASKS
 from gdviz.teachers import TeacherOutputs, outputs_of, predict, pretrain
 
-VERSION = 1  # raise when results change: folders of older code are then refused
+VERSION = 2  # raise when results change: folders of older code are then refused
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ def train(
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         history = state["history"]
-    per_epoch = max(1, len(rows) // schedule.batch)
+    per_epoch = max(schedule.min_steps, len(rows) // schedule.batch)
+    batch = min(schedule.batch, len(rows))
+    passes = math.ceil(per_epoch * batch / len(rows))
     total = per_epoch * schedule.epochs
     saved = time.monotonic()
     bar = tqdm(range(schedule.epochs), initial=len(history), desc=progress, disable=progress is None, unit="epoch")
@@ -73,12 +75,12 @@ def train(
         rng = Generator().manual_seed(seed * 100_003 + epoch)
         logged: dict[str, list[Tensor | float]] = defaultdict(list)
         extra = on_epoch(epoch) if on_epoch else {}
-        order = rows[torch.randperm(len(rows), generator=rng)]
+        order = torch.cat([rows[torch.randperm(len(rows), generator=rng)] for _ in range(passes)])
         module.train()
         for i in range(per_epoch):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(schedule, (epoch * per_epoch + i) / total)
-            loss, metrics = step(order[i * schedule.batch : (i + 1) * schedule.batch], rng)
+            loss, metrics = step(order[i * batch : (i + 1) * batch], rng)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -74,8 +74,23 @@ def test_batches_cover_the_rows_once_an_epoch():
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(100, 140))
     assert not torch.equal(first, second)
     seen.clear()
-    train(weight, step, torch.arange(5), Schedule(epochs=1, batch=8), seed=0)
+    train(weight, step, torch.arange(5), Schedule(epochs=1, batch=8, min_steps=1), seed=0)
     assert [len(rows) for rows in seen] == [5]
+
+
+def test_a_small_set_is_seen_again_within_an_epoch():
+    """37 clips in batches of 32 would be one step an epoch: students of a small data set stayed at chance."""
+    seen = []
+
+    def step(rows, rng):
+        seen.append(rows)
+        return weight.weight.sum(), {}
+
+    weight = nn.Linear(1, 1)
+    train(weight, step, torch.arange(37), Schedule(epochs=1, batch=32, min_steps=20), seed=0)
+    assert [len(rows) for rows in seen] == [32] * 20
+    count = torch.cat(seen).bincount()
+    assert count.min() >= 17 and count.max() <= 18
 
 
 def test_learning_rate_warms_up_and_decays(monkeypatch):
