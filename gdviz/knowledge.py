@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from gdviz.config import Distillation
 from gdviz.data.videos import VideoSet
-from gdviz.graphs import LogitsGraph, RepresentationGraph, average_costs, cost_from_means
+from gdviz.graphs import LogitsGraph, RepresentationGraph, average_costs, cost_from_means, zero_one_cost
 from gdviz.graphs.costs import normalise_cost
 from gdviz.teachers import TeacherOutputs
 
@@ -62,8 +62,10 @@ def ground_cost(knowledge: Knowledge, shrink: float) -> Float[Tensor, "c c"]:
     ``shrink`` is the share of the 0/1 cost mixed in: 0 only the teachers', 1 only the 0/1 cost.
     """
     known, classes = knowledge.labels >= 0, knowledge.logits.shape[-1]
-    per_teacher = knowledge.logits[known].unbind(1)
-    learned = average_costs([cost_from_means(z, knowledge.labels[known], classes) for z in per_teacher])
+    # A teacher that says the same of every clip has no opinion on how far apart classes are.
+    per_teacher = [z for z in knowledge.logits[known].unbind(1) if float(z.std(0).max()) > 1e-6]
+    costs = [cost_from_means(z, knowledge.labels[known], classes) for z in per_teacher] or [zero_one_cost(classes)]
+    learned = average_costs(costs)
     return normalise_cost(learned, shrink=shrink)
 
 

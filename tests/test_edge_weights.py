@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 
 from gdviz.graphs import weights as wt
 from gdviz.graphs.costs import zero_one_cost
+from gdviz.knowledge import Knowledge, ground_cost
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,17 @@ def test_pair_weights_without_evidence_keep_the_prior(labels):
     grams = torch.randn(3, 6, 6).abs()
     prior = torch.tensor([0.2, 0.3, 0.5])
     torch.testing.assert_close(wt.pair_weights(grams + grams.mT, labels, log_prior=prior.log(), floor=0.0), prior)
+
+
+def test_a_constant_teacher_has_no_say_in_the_ground_cost():
+    torch.manual_seed(0)
+    labels = torch.arange(4).repeat(5)
+    good = 3 * torch.eye(4)[labels] + torch.randn(20, 4)
+    constant = torch.zeros(20, 4)
+
+    def cost_of(*teachers):
+        names = tuple(map(str, range(len(teachers))))
+        return ground_cost(Knowledge(names, torch.stack(teachers, 1), [], [], labels, torch.zeros(20)), 0.0)
+
+    torch.testing.assert_close(cost_of(good, constant), cost_of(good))
+    torch.testing.assert_close(cost_of(constant), zero_one_cost(4))
