@@ -17,8 +17,8 @@ from scipy.stats import kruskal
 
 from gdviz.artefacts import UserError, file_sha256
 from gdviz.config import MotionData, View
-from gdviz.data import motion, reader, videos
-from gdviz.data.index import Clip, read_clips, split_by_group
+from gdviz.data import motion, videos
+from gdviz.data.index import Clip, read_clips, read_folder, split_by_group
 from gdviz.data.reader import DamagedVideo, read_square
 from gdviz.data.sampling import augment, sample_clips, to_float
 from gdviz.evaluate import shortcut_baselines
@@ -124,23 +124,14 @@ def test_encoding_and_reading_lose_little(tmp_path):
     assert info.bytes == (tmp_path / "v.mp4").stat().st_size
 
 
-@pytest.mark.parametrize("size", [64, 48])  # decord refuses a width of 48: PyAV takes over
+@pytest.mark.parametrize("size", [64, 48])
 def test_the_frames_asked_for_are_the_frames_read(tmp_path, size):
     path = counting(tmp_path / "v.mp4", size=size)
     pixels, _ = read_square(path, 7, 16)
     seen = (pixels.float().mean((1, 2, 3)) - 20) / 10
-    assert (seen - torch.linspace(0, 18, 7).round()).abs().max() < 0.35
+    assert (seen - torch.linspace(0, 19, 7).round()).abs().max() < 0.35
     repeated = (read_square(path, 40, 16)[0].float().mean((1, 2, 3)) - 20) / 10
     assert (repeated - torch.linspace(0, 19, 40).round()).abs().max() < 0.35
-
-
-def test_decord_and_pyav_agree(tmp_path):
-    motion.encode(motion.render(2, 5, size=64, frames=12), tmp_path / "v.mp4")
-    index = np.array([0, 3, 3, 7, 11])
-    by_decord, by_pyav = (f(tmp_path / "v.mp4", index).astype(int) for f in (reader._by_decord, reader._by_pyav))
-    assert by_decord.shape == by_pyav.shape == (5, 64, 64, 3)
-    assert np.abs(by_decord - by_pyav).max() <= 8  # colour conversion rounds differently
-    assert np.abs(by_decord[0] - by_pyav[4]).mean() > 2
 
 
 def damage(path, how: str) -> None:
@@ -171,23 +162,6 @@ def test_damaged_videos_are_skipped_with_a_reason(video_folder, tmp_path, how):
     for row, file in enumerate(kept):  # rows still belong to their videos
         assert torch.equal(found.batch(torch.tensor([row]))[0], read_square(file, 6, 16)[0])
         assert found.label_names[found.labels[row]] == file.parent.name
-
-
-def test_real_clips_that_break_decoders(peer_clips):
-    files = [
-        p for p in peer_clips.rglob("*.*") if p.stat().st_size < 60_000 and p.suffix in reader.EXTENSIONS and p.name != "corrupted.mp4"
-    ]
-    assert len(files) > 10
-    for path in files:
-        if path.name == "testsrc2_mpeg4.mp4":  # one frame only
-            continue
-        pixels, info = read_square(path, 4, 16)
-        assert pixels.shape == (4, 16, 16, 3)
-        assert info.frames >= 2
-    with pytest.raises(DamagedVideo):
-        read_square(peer_clips / "_unopenable" / "corrupted.mp4", 4, 16)
-    (odd,) = (peer_clips / "torchvision").glob("hmdb51_Turnk*.avi")  # its title is no UTF-8
-    assert read_square(odd, 4, 16)[1].frames > 20
 
 
 # --- lists of clips
@@ -265,9 +239,7 @@ def test_given_splits_are_kept_checked_and_hide_labels():
 def test_file_names_tell_the_group(tmp_path, ut_interaction):
     for name in ("v_Diving_g03_c01.avi", "v_Diving_g03_c02.avi", "v_Diving_g04_c01.avi"):
         (tmp_path / name).touch()
-    from gdviz.data.index import _read_folder
-
-    assert [c.group for c in _read_folder(tmp_path)] == ["g03", "g03", "g04"]
+    assert [c.group for c in read_folder(tmp_path)] == ["g03", "g03", "g04"]
     clips = split_by_group(read_clips(ut_interaction))
     assert len(clips) == 60
     assert {c.group for c in clips} == {str(i) for i in range(1, 11)}
@@ -312,7 +284,7 @@ def test_a_full_disk_while_decoding_leaves_nothing(video_folder, tmp_path, monke
         patch.setattr(os, where, full)
         with pytest.raises(UserError, match=r"cannot write .*No space left"):
             videos.load_folder(root, VIEW, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["verified.sqlite"]
     assert len(videos.load_folder(root, VIEW, tmp_path / "cache").splits) == 6
 
 

@@ -15,6 +15,7 @@ from gdviz.data.reader import EXTENSIONS
 
 # Clips cut from one recording must not fall on both sides of a split. File names that say which:
 GROUP_PATTERNS = {
+    "HMDB51": re.compile(r"^(.+)_[fhlu]_(?:cm|nm)_np\d+_\w{2}_(?:goo|med|bad)_\d+$"),  # the film, and the class
     "UCF101": re.compile(r"^v_.+_(g\d+)_c\d+$"),
     "UT-Interaction": re.compile(r"^set\d+_\d+_(\d+)_\d+$"),
 }
@@ -31,20 +32,22 @@ class Clip:
     label: str  # empty: unlabelled
     group: str
     split: str = ""  # train, unlabelled or test
+    labels: tuple[str, ...] | None = None  # instead of ``label``, where a video may show several classes or none
 
 
-def _group(path: Path) -> str:
+def group_of(path: Path) -> str:
     for pattern in GROUP_PATTERNS.values():
         if match := pattern.match(path.stem):
             return match.group(1)
     return path.stem
 
 
-def _read_folder(root: Path) -> list[Clip]:
+def read_folder(root: Path) -> list[Clip]:
+    """The videos below a folder, labelled by the folder they lie in; those beside the sub-folders are unlabelled."""
     clips = []
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in EXTENSIONS and path.is_file():
-            clips.append(Clip(path, path.parent.name if path.parent != root else "", _group(path)))
+            clips.append(Clip(path, path.parent.name if path.parent != root else "", group_of(path)))
     if not clips:
         raise UserError(f"--data {root}: no videos in it; expected one sub-folder a class, holding {' '.join(sorted(EXTENSIONS))} files")
     return clips
@@ -64,7 +67,7 @@ def _read_csv(file: Path) -> list[Clip]:
         label, split = row.get("label") or "", row.get("split") or ""
         if split not in ("", *SPLITS):
             raise UserError(f"--data {file}: split {split!r} of {row['path']} is none of {', '.join(SPLITS)}")
-        clips.append(Clip(path, label, row.get("group") or _group(path), split))
+        clips.append(Clip(path, label, row.get("group") or group_of(path), split))
     return clips
 
 
@@ -77,7 +80,7 @@ def read_clips(source: Path | str) -> list[Clip]:
     source = Path(source)
     if not source.exists():
         raise UserError(f"--data {source}: no such folder or CSV file")
-    clips = _read_folder(source) if source.is_dir() else _read_csv(source)
+    clips = read_folder(source) if source.is_dir() else _read_csv(source)
     check_classes(clips, source)
     return clips
 

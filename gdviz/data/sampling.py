@@ -13,7 +13,17 @@ def to_float(frames: Tensor) -> Tensor:
     return frames.movedim(-1, -3).float().div_(255).sub_(0.5).div_(0.25)
 
 
-def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generator | None = None) -> Tensor:
+def frame_numbers(count: int, frames: int, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5) -> Tensor:
+    """Which of its ``frames`` each of ``count`` videos shows in a clip, [count, length]: see :func:`pick_frames`."""
+    if frames < length:
+        raise ValueError(f"a clip of {length} frames does not fit a video of {frames}: lower the clip length or raise the frames kept")
+    stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
+    room = frames - 1 - stride * (length - 1)  # (b,)
+    start = (room * place).long() if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long()
+    return start[:, None] + stride[:, None] * torch.arange(length)  # (b, t)
+
+
+def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5) -> Tensor:
     """Takes ``length`` frames, ``stride`` frames apart, from each video: [b, f, ...] to [b, length, ...].
 
     Args:
@@ -21,18 +31,14 @@ def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generato
         length: frames of a clip.
         stride: distance between frames; one for all, or one a video [b]. Lowered to the largest
             that fits when the videos are too short for it.
-        rng: draws the starts uniformly; None centres the clips (evaluation).
+        rng: draws the starts uniformly; None puts them all at ``place``.
+        place: where clips start, from 0 (the first frame) over 0.5 (centred) to 1 (the last that fits).
 
     Raises:
         ValueError: the videos have fewer frames than a clip.
     """
     count, frames = videos.shape[:2]
-    if frames < length:
-        raise ValueError(f"a clip of {length} frames does not fit a video of {frames}: lower the clip length or raise the frames kept")
-    stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
-    room = frames - 1 - stride * (length - 1)  # (b,)
-    start = room // 2 if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long()
-    index = start[:, None] + stride[:, None] * torch.arange(length)  # (b, t)
+    index = frame_numbers(count, frames, length, stride, rng, place)
     rows = torch.arange(count)[:, None]
     return videos[rows.to(videos.device), index.to(videos.device)]
 
@@ -44,9 +50,9 @@ def sample_clips(
     return pick_frames(videos, length, stride, rng).transpose(1, 2)
 
 
-def clips_of(frames: Tensor, length: int, stride: int, rng: Generator | None = None) -> Float[Tensor, "b 3 t h w"]:
+def clips_of(frames: Tensor, length: int, stride: int, rng: Generator | None = None, place: float = 0.5) -> Float[Tensor, "b 3 t h w"]:
     """``sample_clips(to_float(frames), ...)`` of raw frames [b, f, h, w, 3]; only those of the clip are converted."""
-    return to_float(pick_frames(frames, length, stride, rng)).transpose(1, 2)
+    return to_float(pick_frames(frames, length, stride, rng, place)).transpose(1, 2)
 
 
 def augment(clips: Float[Tensor, "b 3 t h w"], rng: Generator, strength: float = 1.0) -> Float[Tensor, "b 3 t h w"]:

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from gdviz.artefacts import UserError, fingerprint, load_json, save_json
 from gdviz.config import MotionData, View
 from gdviz.data.index import Clip, check_classes, read_clips, split_by_group
+from gdviz.data.layouts import read_official
 from gdviz.data.motion import make_motion
-from gdviz.data.reader import DamagedVideo, read_square
-from gdviz.parallel import over_processes
+from gdviz.data.reader import DamagedVideo, VideoInfo, read_square
+from gdviz.data.sampling import frame_numbers
+from gdviz.data.verified import patience, stat, verified
+from gdviz.parallel import Lost, over_processes
 
-VERSION = 1  # raise when decoding or resizing changes: caches made by the old code are then made again
+VERSION = 2  # raise when decoding or resizing changes: caches made by the old code are then made again
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,21 @@ class VideoSet:
         places = rows.numpy() if self.places is None else self.places[rows.numpy()]
         return torch.from_numpy(np.asarray(self.pixels[places]))
 
+    def clips(self, rows: Tensor, length: int, stride: int = 1, rng: Generator | None = None) -> Tensor:
+        """``pick_frames(self.batch(rows), ...)`` that touches the frames of the clips only: uint8 [b, length, h, w, 3]."""
+        places = rows.numpy() if self.places is None else self.places[rows.numpy()]
+        index = frame_numbers(len(rows), self.pixels.shape[1], length, stride, rng).numpy()
+        return torch.from_numpy(np.asarray(self.pixels[places[:, None], index]))
 
-def _decode(row: int, path: str, *, view: View, out: Path, count: int) -> list[float] | str:
-    """Writes one video into its row of the shared array; returns its metadata, or why it was skipped."""
+
+def _decode(row: int, path: str, info: VideoInfo, *, view: View, out: Path, count: int) -> str:
+    """Writes one video into its row of the shared array; returns why it was skipped, if it was."""
     try:
-        video, info = read_square(path, view.frames, view.size)
-    except DamagedVideo as error:
-        return str(error)
-    pixels = np.memmap(out, np.uint8, "r+", shape=(count, *video.shape))
-    pixels[row] = video.numpy()
-    return [info.frames, info.width, info.height, info.fps, info.bytes]
+        video, _ = read_square(path, view.frames, view.size, info)
+    except (DamagedVideo, MemoryError) as error:
+        return str(error) or "too little memory"
+    np.memmap(out, np.uint8, "r+", shape=(count, *video.shape))[row] = video.numpy()
+    return ""
 
 
 def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, workers: int = 1) -> VideoSet:
@@ -72,15 +80,19 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
         cache: folder for decoded sets, one sub-folder per fingerprint of files (path, size, time of
             change), labels, view and code version: anything else never opens it.
         name: what to call the set.
-        workers: decoding processes.
+        workers: decoding processes; a reader that dies or hangs is survived with two or more.
 
     Returns:
         The set, without the videos that could not be read: they are listed in ``skipped``.
 
     Raises:
-        UserError: too little is left to train and test on, or the disk is full.
+        UserError: some clips have several labels, too little is left to train and test on, or the disk is full.
     """
-    stats = [(str(c.path), c.label, c.group, c.split, *_stat(c.path)) for c in clips]
+    if several := next((c for c in clips if c.labels), None):
+        raise UserError(
+            f"--data {name}: {several.path.name} may show several classes, but students are trained on videos of one class each"
+        )
+    stats = [(str(c.path), c.label, c.group, c.split, *stat(c.path)) for c in clips]
     stamp = fingerprint(stats, view.size, view.frames, VERSION)
     folder = Path(cache) / stamp
     if not (folder / "index.json").exists():
@@ -110,15 +122,9 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
     )
 
 
-def _stat(path: Path) -> tuple[int, int]:
-    """Size and time of change; a file that is gone is skipped like an unreadable one."""
-    try:
-        return path.stat().st_size, path.stat().st_mtime_ns
-    except OSError:
-        return -1, -1
-
-
 def _fill(folder: Path, clips: list[Clip], view: View, workers: int) -> None:
+    paths = [c.path for c in clips]
+    found = verified(paths, folder.parent / "verified.sqlite", workers=workers)
     partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(partial_folder, ignore_errors=True)
     try:
@@ -131,8 +137,11 @@ def _fill(folder: Path, clips: list[Clip], view: View, workers: int) -> None:
             else:
                 file.truncate(size)
         work = partial(_decode, view=view, out=out, count=len(clips))
-        jobs = [(i, str(c.path)) for i, c in enumerate(clips)]
-        found = over_processes(work, jobs, workers, title="reading videos", unit="video")
+        jobs = [(i, str(clips[i].path), info) for i, info in enumerate(found) if isinstance(info, VideoInfo)]
+        problems = over_processes(work, jobs, workers, title="reading videos", unit="video", timeout=patience(paths))
+        for (i, _, info), problem in zip(jobs, problems, strict=True):
+            reason = problem.reason if isinstance(problem, Lost) else problem
+            found[i] = reason or [info.frames, info.width, info.height, info.fps, info.bytes]
         save_json(partial_folder / "index.json", {"found": found, "view": view})
         shutil.rmtree(folder, ignore_errors=True)  # one without its index is of no use
         partial_folder.rename(folder)
@@ -150,6 +159,15 @@ def load_motion(cfg: MotionData, view: View, root: Path | str, *, workers: int =
 
 
 def load_folder(source: Path | str, view: View, cache: Path | str, *, workers: int = 1, seed: int = 0) -> VideoSet:
-    """A folder of class sub-folders or a CSV of (path, label, group, split), split by group."""
-    clips = split_by_group(read_clips(source), seed=seed)
+    """A data set in its official layout (first split), a folder of class sub-folders, or a CSV of (path, label, group, split).
+
+    Without given splits, it is split by group. With two workers or more, a file that kills or hangs its
+    reader costs that file only; a script then calls this under ``if __name__ == "__main__":``.
+    """
+    if official := read_official(source):
+        clips, gone = official.clips, set(official.missing)
+        if not any(clip.labels for clip in clips):
+            check_classes([clip for clip in clips if clip not in gone], Path(source))
+    else:
+        clips = split_by_group(read_clips(source), seed=seed)
     return open_videos(clips, view, cache, name=str(source), workers=workers)
