@@ -7,14 +7,14 @@ learned before it, once for all students of a seed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
 from gdviz.config import Edges as EdgesConfig
-from gdviz.graphs import Gate, LogitsGraph, RepresentationGraph, closed_form, evidence, gate_loss, teacher_prior
-from gdviz.graphs.kernels import unbiased_cka
+from gdviz.graphs import LogitsGraph, RepresentationGraph, closed_form, evidence, fit_gate, pair_alignment, teacher_prior
 from gdviz.knowledge import Knowledge
 
 
@@ -40,9 +40,9 @@ def learn_edges(
     ``min_w <w, c_n> + eta KL(w || gate_n)``, with evidence ``c`` (``gdviz.graphs.evidence``) and a
     gate that starts at what the labels say of each teacher (``gdviz.graphs.teacher_prior``, which
     hands it on to unlabelled clips) and descends the cross-entropy of the mixture
-    ``sum_k gate_nk p_nk`` on out-of-fold outputs of labelled clips (``gdviz.graphs.gate_loss``),
-    ``cfg.gate_steps`` steps from one moment to the next. The first moment is uniform, as a
-    reference; gate and evidence then come in by even steps.
+    ``sum_k gate_nk p_nk`` on out-of-fold outputs of labelled clips (``gdviz.graphs.fit_gate``),
+    ``cfg.gate_steps`` steps from one moment to the next. All of it is known before the student is:
+    bad teachers are out from the first moment on.
 
     Pairs: ``v = floor(softmax(CKA / eta_pairs))``. The CKA with the label Gram matrix is taken
     within each fold (features of different folds live in different spaces) on a random half of its
@@ -52,24 +52,18 @@ def learn_edges(
     """
     probs, labels = knowledge.probs(), knowledge.labels
     known = (labels >= 0).nonzero().squeeze(1)
-    cost = evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
+    cost, prior = evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha), teacher_prior(probs, labels, logits_graph.cost)
     softened = knowledge.probs(logits_graph.temperature)
-    gate = Gate(teacher_prior(probs, labels, logits_graph.cost, cfg.eta), floor=cfg.floor)
-    optimiser = torch.optim.Adam(gate.parameters(), lr=0.05)
+    gates = fit_gate(probs, labels, prior, rho=cfg.rho, steps=cfg.gate_steps, floor=cfg.floor)
     rng = Generator().manual_seed(seed)
     weights, consensus, pairs, agreement = [], [], [], []
-    for moment in range(cfg.refreshes):
-        for _ in range(cfg.gate_steps if moment else 0):
-            optimiser.zero_grad()
-            gate_loss(gate, probs[known], labels[known], cfg.rho).backward()
-            optimiser.step()
+    for gate in islice(gates, cfg.refreshes):
         with torch.no_grad():
-            scale = moment / max(cfg.refreshes - 1, 1)
-            weights.append(closed_form(cost * scale, eta=cfg.eta, log_prior=scale * gate(probs).log(), floor=cfg.floor))
+            weights.append(closed_form(cost, eta=cfg.eta, log_prior=gate(probs).log(), floor=cfg.floor))
             consensus.append(logits_graph.consensus(softened, weights[-1]))
             agreement.append(_pair_agreement(knowledge, representation_graph, known, rng))
             mean_agreement = torch.stack(agreement).mean(0)
-            pairs.append(closed_form(-mean_agreement * scale, eta=cfg.eta_pairs, floor=cfg.floor))
+            pairs.append(closed_form(-mean_agreement, eta=cfg.eta_pairs, floor=cfg.floor))
     return Edges(torch.stack(weights), torch.stack(consensus), torch.stack(pairs))
 
 
@@ -79,9 +73,6 @@ def _pair_agreement(knowledge: Knowledge, graph: RepresentationGraph, known: Ten
     for fold in range(int(knowledge.fold.max()) + 1):
         rows = known[knowledge.fold[known] == fold]
         rows = rows[torch.randperm(len(rows), generator=rng)[: max(4, len(rows) // 2)]]
-        if len(rows) < 4:
-            continue
-        labels = knowledge.labels[rows]
-        same = (labels[:, None] == labels[None, :]).float()
-        out.append(unbiased_cka(graph.pair_grams([f[rows] for f in knowledge.held_features]), same))
+        grams = graph.pair_grams([f[rows] for f in knowledge.held_features])
+        out.append(pair_alignment(grams, knowledge.labels[rows]))
     return torch.stack(out).mean(0) if out else torch.zeros(len(graph.pairs))

@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -22,6 +23,22 @@ from gdviz.data.videos import VideoSet
 def accuracy(logits: Float[Tensor, "n c"], labels: Tensor) -> float:
     """Share of rows whose largest logit is the label."""
     return (logits.argmax(1) == labels).float().mean().item()
+
+
+def mean_average_precision(scores: Float[Tensor, "n c"], targets: Tensor) -> float:
+    """Mean over classes of sum_k (recall_k - recall_k-1) precision_k, for videos of several classes or none.
+
+    Args:
+        scores: larger for what is likelier; only their order within a class counts.
+        targets: zeros and ones [n, c]. A class that is never there has no precision and is left out.
+
+    Raises:
+        ValueError: no class is ever there.
+    """
+    there = targets.any(0)
+    if not there.any():
+        raise ValueError("mean average precision needs one positive or more: every target is zero")
+    return float(average_precision_score(targets[:, there].numpy(), scores[:, there].numpy(), average="macro"))
 
 
 def calibration_error(probs: Float[Tensor, "n c"], labels: Tensor, bins: int = 10) -> float:

@@ -63,9 +63,13 @@ def hint_loss(student_features: Float[Tensor, "*batch dim"], teacher_features: F
 # Relational and logit losses. Teachers are constants throughout, unless a docstring says otherwise.
 
 
+def _full(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _in_full_precision(features: Tensor) -> Float[Tensor, "b d"]:
     """``[B, d]`` float32 or float64: products of half-precision features lose the small distances these losses compare."""
-    return features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
+    return _full(features.flatten(1))
 
 
 def _without_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -92,9 +96,7 @@ def attention_loss(student_maps: Float[Tensor, "b _ *grid"], teacher_maps: Float
     """
     if student_maps.shape[2:] != teacher_maps.shape[2:]:
         raise ValueError(f"attention maps of different grids: {tuple(student_maps.shape[2:])} and {tuple(teacher_maps.shape[2:])}")
-    s, t = (
-        F.normalize(m.to(torch.promote_types(m.dtype, torch.float32)).pow(2).sum(1).flatten(1), dim=1) for m in (student_maps, teacher_maps)
-    )
+    s, t = (F.normalize(_full(m).pow(2).sum(1).flatten(1), dim=1) for m in (student_maps, teacher_maps))
     return (s - t.detach()).pow(2).sum(1).mean()
 
 
@@ -172,7 +174,7 @@ def contrastive_loss(
         bank: M, how many clips negatives are drawn from.
         temperature: tau > 0.
     """
-    s, t, others = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, teacher, negatives))
+    s, t, others = (F.normalize(_full(x), dim=-1) for x in (student, teacher, negatives))
     prior = math.log(others.shape[1] / bank)
     log_prior = s.new_tensor(prior)
     right, wrong = (s * t).sum(-1) / temperature, torch.einsum("bd,bnd->bn", s, others) / temperature
@@ -198,7 +200,7 @@ def decoupled_kd_loss(
     true = F.one_hot(labels, student_logits.shape[1]).bool()
 
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        z = _full(logits) / temperature
         rest = z.masked_fill(true, -torch.inf)
         others = rest.logsumexp(1)
         binary = F.log_softmax(torch.stack([z[true], others], 1), dim=1)
@@ -222,9 +224,7 @@ def dist_loss(
 
     rho is Pearson's correlation, over classes and over the clips of the batch; 0 where one of them does not vary.
     """
-    p, q = (
-        torch.softmax(z.to(torch.promote_types(z.dtype, torch.float32)) / temperature, 1) for z in (student_logits, teacher_logits.detach())
-    )
+    p, q = (torch.softmax(_full(z) / temperature, 1) for z in (student_logits, teacher_logits.detach()))
 
     def apart(a: Tensor, b: Tensor) -> Tensor:
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)

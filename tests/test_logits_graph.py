@@ -1,8 +1,10 @@
 """Logits graph: joint matching against brute-force linear programs, the loss, and what it must not do."""
 
+import warnings
 from itertools import combinations, product
 
 import numpy as np
+import ot
 import pytest
 import torch
 from scipy.optimize import linprog
@@ -10,7 +12,7 @@ from torch.autograd import gradcheck
 
 from gdviz.graphs import costs as ground
 from gdviz.graphs import transport as tr
-from gdviz.graphs.logits import LogitsGraph, ordered_matching_cost, pairwise_matching_cost
+from gdviz.graphs.logits import LogitsGraph, one_class_at_a_time, ordered_matching_cost, pairwise_matching_cost
 
 
 def euclidean_cost(classes, seed=0):
@@ -217,3 +219,46 @@ def test_bad_shapes_and_costs_raise(batch):
     gap = torch.tensor([[0, 0.1, 5.0], [0.1, 0, 0.1], [5, 0.1, 0]])  # violates the triangle inequality
     with pytest.raises(ValueError, match="negative"):
         LogitsGraph(["a"], gap, eps=1.0)
+
+
+def test_sets_of_labels_cost_one_class_at_a_time():
+    """All 2^C sets as classes under the Hamming distance: the exact transport is ``sum_c |p_c - q_c|``, ours is near it."""
+    bits = torch.tensor(list(product((0.0, 1.0), repeat=3)), dtype=torch.float64)
+    p, z = torch.tensor([0.9, 0.2, 0.5], dtype=torch.float64), torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)
+    sets = [torch.where(bits > 0, x, 1 - x).prod(-1) for x in (p, z.sigmoid())]
+    exact = ot.emd2(sets[0].numpy(), sets[1].numpy(), torch.cdist(bits, bits, p=1).numpy())
+    assert exact == pytest.approx(float((p - z.sigmoid()).abs().sum()))
+    options = {"beta": 0.0, "temperature": 1.0, "sample_importance": False, "tol": 1e-10}
+    problems = one_class_at_a_time(z[None].requires_grad_(), p[None, None], torch.ones(1, 1).double())
+    sharp, wide = (LogitsGraph(["a"], ground.zero_one_cost(2).double(), eps=eps, **options) for eps in (0.01, 100.0))
+    consensus = problems[1][:, 0]  # of a single teacher
+    assert 3 * sharp.loss(*problems, consensus).item() == pytest.approx(exact, abs=0.05)
+    assert 3 * wide.loss(*problems, consensus).item() == pytest.approx(float((p - z.sigmoid()).pow(2).sum()), rel=0.02)
+
+
+def test_multi_label_loss_gradient_and_consensus():
+    graph = LogitsGraph(["a", "b"], ground.zero_one_cost(2).double(), tol=1e-13)
+    z, p = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.rand(2, 2, 3, dtype=torch.float64)
+    w = simplex(2, 2)
+    b = graph.consensus(*one_class_at_a_time(z, p, w)[1:])
+    assert gradcheck(lambda z: graph.loss(*one_class_at_a_time(z, p, w), b), (z,), eps=1e-5, atol=1e-6, rtol=1e-5)
+    low, high = p.amin(1).flatten(), p.amax(1).flatten()
+    assert ((b[:, 1] > low - 1e-6) & (b[:, 1] < high + 1e-6)).all()  # between the teachers, class by class
+    agreed = (z / 2).sigmoid().detach()[:, None].expand(2, 2, 3)
+    assert graph.loss(*one_class_at_a_time(z, agreed, w)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [False, True])
+def test_compiles_without_graph_breaks(known):
+    graph = LogitsGraph(["a", "b", "c"], euclidean_cost(5))
+    z, p, w = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), simplex(6, 3, 5), simplex(6, 3, seed=3)
+    b = graph.consensus(p, w)
+    given = (b, graph.self_terms(p, b)) if known else ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the compiler's own making
+        values = [loss(z, p, w, *given) for loss in (graph.loss, torch.compile(graph.loss, fullgraph=True))]
+        gradients = [torch.autograd.grad(value, z)[0] for value in values]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+    assert graph.clips_seen == 12  # the compiled one counts as well

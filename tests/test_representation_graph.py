@@ -1,5 +1,8 @@
 """Representation graph: kernels against their definitions, sketch against outer products, the loss."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -33,16 +36,7 @@ class Loss(torch.nn.Module):
 
 
 def mmd_of(x, y, **options):
-    xx, yy = x.pow(2).sum(-1), y.pow(2).sum(-1)
-    d2 = kernels.squared_distances(xx, xx, x @ x.mT)
-    width = kernels.median_bandwidth(d2)
-    k = kernels.gaussian_kernel
-    return kernels.mmd2(
-        k(d2, width),
-        k(kernels.squared_distances(yy, yy, y @ y.mT), width),
-        k(kernels.squared_distances(xx, yy, x @ y.mT), width),
-        **options,
-    )
+    return kernels.mmd(x @ x.mT, y @ y.mT, x @ y.mT, **options)
 
 
 def test_gaussian_kernel_and_median():
@@ -325,3 +319,62 @@ def test_a_new_student_is_not_on_a_saddle():
         torch.nn.init.zeros_(adapter.weight)
     graph.loss(h, features, None, torch.ones(3)).backward()
     assert all(adapter.weight.grad.norm() > 1e-3 for adapter in graph.adapters)
+
+
+@pytest.mark.parametrize("options", [{}, {"biased": True}, {"paired": 0.3}, {"labels": torch.tensor([0, 1, 0, -1, 2, 2])}])
+def test_fourier_mmd_is_the_exact_one_in_expectation(options):
+    x, y, options = normal(6, 3), normal(6, 3, seed=1) + 0.5, dict(options)
+    labels = options.pop("labels", None)
+    exact_weights = None if labels is None else kernels.label_pair_weights(labels, 4.0, 6, x)
+    exact = kernels.mmd(x @ x.T, y @ y.T, x @ y.T, pair_weights=exact_weights, **options)
+    width = kernels.median_bandwidth(torch.cdist(x, x) ** 2)
+    vectors = None if labels is None else kernels.label_vectors(labels, 4.0, x)
+    drawn = []
+    for seed in range(400):
+        phi = [kernels.fourier_features(v, normal(3, 20, seed=seed), width) for v in (x, y)]
+        drawn.append(kernels.fourier_mmd2(*phi, label_vectors=vectors, **options))
+    drawn = torch.stack(drawn)
+    assert abs(drawn.mean() - exact) < 4 * drawn.std() / 20
+    assert drawn.std() < 2 * abs(exact)  # so that the line above can fail
+
+
+def test_fourier_features_serve_a_bank_of_ten_thousand():
+    graph, h, features = make(dims=(5, 4), clips=10_000, distance="fourier", sketch_dim=32, directions=50)
+    with torch.no_grad():
+        value = graph.float().loss(h.float(), [f.float() for f in features], torch.arange(10_000) % 3, torch.ones(1))
+    graph, h, features = make(dims=(5, 4), clips=200, distance="fourier", sketch_dim=512, directions=5000)
+    exact, _, _ = make(dims=(5, 4), clips=200, route="sketch", sketch_dim=512)
+    exact.load_state_dict({name: v for name, v in graph.state_dict().items() if name != "directions"})
+    torch.testing.assert_close(*(g.distances(h, features, torch.arange(200) % 3) for g in (graph, exact)), atol=0.01, rtol=0.05)
+    assert value.isfinite()
+
+
+def test_distances_share_one_signature():
+    x, y, labels = normal(8, 5), normal(8, 5, seed=1), torch.arange(8) % 3
+    grams, o = (x @ x.T, y @ y.T, x @ y.T), kernels.label_pair_weights(labels, 4.0, 8, x)
+    same = (grams[0],) * 3
+    for distance in (*kernels.DISTANCES.values(), partial(kernels.mmd, biased=True)):
+        for options in ({}, {"pair_weights": o}, {"paired": 0.3}):
+            assert distance(*grams, **options).shape == () and abs(distance(*grams, **options)) > 1e-3
+            assert abs(distance(*same, **options)) < 1e-12
+            batch = [torch.stack([k, k]) for k in grams]
+            torch.testing.assert_close(distance(*batch, **options)[1], distance(*grams, **options))
+    for distance in (*kernels.DISTANCES, "fourier"):
+        graph, h, features = make(distance=distance)
+        assert graph.loss(h, features, labels.repeat(2)[:12], torch.ones(3)).shape == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("route", "distance"), [("kernel", "mmd"), ("sketch", "mmd"), ("kernel", "cka"), ("kernel", "fourier")])
+def test_compiles_without_graph_breaks(route, distance):
+    graph, h, features = make(route=route, distance=distance, sketch_dim=64, directions=20)
+    labels, v = torch.softmax(normal(12, 3), -1), torch.tensor([0.2, 0.3, 0.5])
+    inputs = (h.requires_grad_(), *graph.parameters())
+    with warnings.catch_warnings():
+        # of the compiler's own making; and it leaves complex numbers, of the sketch's transforms, to eager kernels
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+        values = [loss(h, features, labels, v) for loss in (graph.loss, torch.compile(graph.loss, fullgraph=True))]
+        gradients = [torch.autograd.grad(value, inputs) for value in values]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from gdviz.graphs import _sinkhorn
 from gdviz.graphs import costs as ground
 from gdviz.graphs import transport as tr
 
@@ -22,7 +23,7 @@ def simplex(*shape, seed=0, sharp=1.5, dtype=torch.float64):
     return torch.softmax(sharp * x, dim=-1).to(dtype)
 
 
-@pytest.mark.parametrize("classes", [2, 7, 20])
+@pytest.mark.parametrize("classes", [2, 7, 20, 101])
 def test_exact_cost_as_eps_vanishes(classes):
     cost, p, q = euclidean_cost(classes), simplex(6, classes), simplex(6, classes, seed=1)
     exact = np.array([ot.emd2(a, b, cost.numpy()) for a, b in zip(p.numpy(), q.numpy(), strict=True)])
@@ -155,6 +156,16 @@ def test_one_hot_zero_and_tiny_marginals(eps):
     assert zero.abs().max() < 1e-6
 
 
+def test_an_overflow_is_solved_again():
+    """float64 at its widest range and a class of almost no mass: over-relaxed scalings overflow."""
+    line = torch.tensor([0.0, 0.2, 1.0], dtype=torch.float64)
+    cost = ground.normalise_cost((line[:, None] - line).abs())
+    q = torch.tensor([[0, 1, 3e-161], [1, 0, 0]], dtype=torch.float64)
+    value = tr.sinkhorn_divergence(simplex(2, 3), q, cost, eps=float(cost.max()) / 300, tol=1e-9)
+    assert value.isfinite().all()
+    torch.testing.assert_close(value, (simplex(2, 3) * cost[[1, 0]]).sum(-1), atol=0.02, rtol=0)
+
+
 def test_two_one_hots_cost_the_ground_cost():
     cost = euclidean_cost(5)
     value = tr.sinkhorn_divergence(torch.eye(5, dtype=torch.float64)[:, None], torch.eye(5, dtype=torch.float64), cost)
@@ -261,6 +272,26 @@ def test_glued_couplings_have_the_teachers_marginals(dtype):
     glued = tr.glue(plans[:, 0], plans[:, 2], star.distribution)
     assert (glued.sum(-1) - p[:, 0]).abs().sum(-1).max() < 1e-5
     assert (glued.sum(-2) - p[:, 2]).abs().sum(-1).max() < 1e-5
+
+
+def test_a_barycenter_at_a_very_small_eps():
+    """Past what float64 holds as a kernel, so in the log domain; on a line it costs what its ends are apart."""
+    line = torch.arange(5, dtype=torch.float64)
+    cost = (line[:, None] - line).abs()
+    star = tr.barycenter(torch.eye(5).double()[[0, 4]], torch.ones(2).double(), cost, eps=0.004, tol=1e-4)
+    assert star.converged and float((star.plans() * cost).sum()) == pytest.approx(4, rel=1e-3)
+
+
+def test_operators_keep_what_they_promise_the_compiler():
+    """Schemas, fake shapes, gradients; that nothing returned is a view of an argument."""
+    cost, p, q = euclidean_cost(4), simplex(3, 4).requires_grad_(), simplex(3, 4, seed=1).requires_grad_()
+    w = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    for operator, *arguments in (
+        (_sinkhorn.sinkhorn, p, q, cost, 0.1, 1e-6, 500, None),
+        (_sinkhorn.self_sinkhorn, p, cost, 0.1, 1e-6, 500),
+        (_sinkhorn.barycenter, p[None].detach(), w, cost, 0.1, 1e-6, 500, True),
+    ):
+        torch.library.opcheck(operator, tuple(arguments), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_glue_skips_empty_consensus_classes():

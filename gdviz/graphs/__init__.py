@@ -1,7 +1,8 @@
 """The two graphs between teachers and student, and the tensor code they rest on."""
 
 from gdviz.graphs.costs import average_costs, check_cost, cost_from_means, cost_from_rows, zero_one_cost
-from gdviz.graphs.logits import JointMatching, LogitsGraph, ordered_matching_cost, pairwise_matching_cost
+from gdviz.graphs.logits import JointMatching, LogitsGraph, one_class_at_a_time, ordered_matching_cost, pairwise_matching_cost
+from gdviz.graphs.policies import FOLLOW_STUDENT, POLICIES, entropic
 from gdviz.graphs.representation import RepresentationGraph
 from gdviz.graphs.sketch import TensorSketch
 from gdviz.graphs.transport import (
@@ -19,18 +20,15 @@ from gdviz.graphs.weights import (
     Gate,
     closed_form,
     effective_number,
-    entropic,
-    entropy_based,
     evidence,
     fit_gate,
-    gate_loss,
-    gated,
-    pair_weights,
+    pair_alignment,
     teacher_prior,
-    uniform,
 )
 
 __all__ = [
+    "FOLLOW_STUDENT",
+    "POLICIES",
     "Barycenter",
     "ConvergenceWarning",
     "Gate",
@@ -47,20 +45,17 @@ __all__ = [
     "cost_from_rows",
     "effective_number",
     "entropic",
-    "entropy_based",
     "evidence",
     "fit_gate",
-    "gate_loss",
-    "gated",
     "glue",
+    "one_class_at_a_time",
     "ordered_matching_cost",
-    "pair_weights",
+    "pair_alignment",
     "pairwise_matching_cost",
     "self_cost",
     "sinkhorn",
     "sinkhorn_divergence",
     "teacher_prior",
     "transport_cost",
-    "uniform",
     "zero_one_cost",
 ]

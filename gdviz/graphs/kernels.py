@@ -2,9 +2,16 @@
 
 Shapes: ``[*batch, N, N]`` Gram matrices of N clips; ``kxx`` of one sample, ``kyy`` of the other and
 ``kxy`` across, rows from the first. Clip n of one sample is clip n of the other.
+
+The distances ``mmd``, ``cka`` and ``coral`` share one signature, ``(kxx, kyy, kxy, *, pair_weights, paired)``
+with inner products of vectors, so that ``RepresentationGraph`` can swap them. ``fourier_mmd2`` is the
+first of them for banks whose Gram matrices are too large to form.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -36,6 +43,11 @@ def squared_distances(
     return (kxx[..., :, None] + kyy[..., None, :] - 2 * kxy).clamp(min=0)
 
 
+def diagonal(k: Float[Tensor, "*batch clips clips"]) -> Float[Tensor, "*batch clips"]:
+    """``k_nn``. Not by ``Tensor.diagonal``: behind a matrix product its compiled gradient is wrong (torch 2.15, inductor)."""
+    return (k * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)).sum(dim=-1)
+
+
 def off_diagonal(clips: int, device: torch.device | None = None) -> Bool[Tensor, "clips clips"]:
     """Mask of the pairs of different clips."""
     return ~torch.eye(clips, dtype=torch.bool, device=device)
@@ -47,7 +59,8 @@ def median_bandwidth(d2: Float[Tensor, "*batch clips clips"], default: float = 1
     clips = d2.shape[-1]
     if clips < 2:
         return d2.new_full(d2.shape[:-2], default)
-    median = d2[..., off_diagonal(clips, d2.device)].median(dim=-1).values
+    i, j = torch.triu_indices(clips, clips, offset=1, device=d2.device)
+    median = d2[..., i, j].median(dim=-1).values
     return torch.where(median > 0, median, default)
 
 
@@ -99,7 +112,74 @@ def mmd2(
         o = o * off_diagonal(clips, kxx.device)
     h = kxx + kyy - kxy - kxy.mT  # (*batch, N, N)
     value = (o * h).sum(dim=(-2, -1)) / o.sum().clamp(min=1e-12)
-    return value + paired * h.diagonal(dim1=-2, dim2=-1).mean(dim=-1) if paired else value
+    return value + paired * diagonal(h).mean(dim=-1) if paired else value
+
+
+def gaussian_kernels(
+    kxx: Float[Tensor, "*batch clips clips"],
+    kyy: Float[Tensor, "*batch clips clips"],
+    kxy: Float[Tensor, "*batch clips clips"],
+    multiple: float = 1.0,
+) -> list[Float[Tensor, "*batch clips clips"]]:
+    """Gaussian kernels of what the three Gram matrices hold, at ``multiple`` of the first sample's median bandwidth."""
+    x, y = diagonal(kxx), diagonal(kyy)
+    d2 = squared_distances(x, x, kxx), squared_distances(y, y, kyy), squared_distances(x, y, kxy)
+    # unit vectors at right angles are at squared distance 2: the width when there is no median
+    width = multiple * median_bandwidth(d2[0], default=2.0)
+    return [gaussian_kernel(d, width) for d in d2]
+
+
+def mmd(*grams: Float[Tensor, "*batch clips clips"], **options: Any) -> Float[Tensor, "*batch"]:
+    """:func:`mmd2` of the :func:`gaussian_kernels` of ``kxx, kyy, kxy``; its options make it biased, class-conditional or paired."""
+    return mmd2(*gaussian_kernels(*grams), **options)
+
+
+def fourier_features(
+    x: Float[Tensor, "*batch clips dim"], directions: Float[Tensor, "dim width_count"], bandwidth: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch clips features"]:
+    """``phi`` with ``E <phi(x), phi(y)> = gaussian_kernel(|x - y|^2, bandwidth)`` (Rahimi & Recht 2007, algorithm 1).
+
+    ``[cos, sin](<x, w>)`` with ``w ~ N(0, 2 / (m s))``; the multiples m take turns, so the number of
+    ``directions``, standard normal columns, must be a multiple of ``len(MULTIPLES)``.
+    """
+    multiples = x.new_tensor(MULTIPLES).repeat(directions.shape[1] // len(MULTIPLES))
+    phase = (x @ directions) * torch.sqrt(2 / (multiples * bandwidth[..., None, None]))
+    return torch.cat([phase.cos(), phase.sin()], dim=-1) / directions.shape[1] ** 0.5
+
+
+def fourier_mmd2(
+    x: Float[Tensor, "*batch clips features"],
+    y: Float[Tensor, "*batch clips features"],
+    *,
+    label_vectors: Float[Tensor, "clips classes"] | None = None,
+    paired: float = 0.0,
+    biased: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """:func:`mmd2` with ``k = <x, y>`` and ``o_nm = <l_n, l_m>``, in time and memory linear in the number of clips.
+
+    ``kxx + kyy - kxy - kxy^T`` is the Gram matrix of ``x - y``, so its weighted sum is ``|sum_n l_n (x_n - y_n)^T|^2``.
+
+    Args:
+        x: ``[*batch, N, R]`` :func:`fourier_features` of the first sample.
+        y: ``[*batch, N, R]`` of the second.
+        label_vectors: ``[N, Q]`` from :func:`label_vectors`, ones by default.
+        paired: as in :func:`mmd2`, like ``biased``.
+        biased: see there.
+    """
+    gap, clips = x - y, x.shape[-2]
+    labels = x.new_ones(clips, 1) if label_vectors is None else label_vectors
+    own = gap.pow(2).sum(dim=-1)  # (*batch, N)
+    total, weight = (labels.mT @ gap).pow(2).sum(dim=(-2, -1)), labels.sum(dim=0).pow(2).sum()
+    if not biased and clips > 1:
+        same = labels.pow(2).sum(dim=-1)
+        total, weight = total - (same * own).sum(dim=-1), weight - same.sum()
+    return total / weight.clamp(min=1e-12) + paired * own.mean(dim=-1)
+
+
+def label_vectors(labels: Tensor, mu: float, like: Tensor) -> Float[Tensor, "clips classes"]:
+    """Vectors whose inner products are :func:`label_pair_weights`: ``[1, sqrt(mu) b_n]``, a one-hot ``b_n`` for an integer label."""
+    soft = labels if labels.is_floating_point() else F.one_hot(labels + 1)[:, 1:]
+    return torch.cat([like.new_ones(len(labels), 1), mu**0.5 * soft.detach().to(like)], dim=1)
 
 
 def label_pair_weights(labels: Tensor | None, mu: float, clips: int, like: Tensor) -> Float[Tensor, "clips clips"] | None:
@@ -112,8 +192,7 @@ def label_pair_weights(labels: Tensor | None, mu: float, clips: int, like: Tenso
     if labels.shape[0] != clips:
         raise ValueError(f"{labels.shape[0]} labels for {clips} clips")
     if labels.is_floating_point():
-        soft = labels.detach().to(like)
-        return 1 + mu * soft @ soft.mT
+        return gram(label_vectors(labels, mu, like))
     same = (labels[:, None] == labels[None, :]) & (labels >= 0)[:, None]
     return 1 + mu * same.to(like)
 
@@ -155,17 +234,32 @@ def unbiased_cka(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*r
     return torch.where(varies, unbiased_hsic(k, other) / norm, 0.0)
 
 
+def cka(
+    kxx: Float[Tensor, "*batch clips clips"],
+    kyy: Float[Tensor, "*batch clips clips"],
+    kxy: Float[Tensor, "*batch clips clips"],
+    **_: object,
+) -> Float[Tensor, "*batch"]:
+    """``1 - unbiased_cka``, clip by clip whatever the labels; 0 for fewer than four clips."""
+    return 1 - unbiased_cka(kxx, kyy) if kxx.shape[-1] > 3 else 0.0 * kyy.sum(dim=(-2, -1))
+
+
 def coral(
     kxx: Float[Tensor, "*batch clips clips"],
     kyy: Float[Tensor, "*batch clips clips"],
     kxy: Float[Tensor, "*batch clips clips"],
+    **_: object,
 ) -> Float[Tensor, "*batch"]:
     """``|Cov(x) - Cov(y)|_F^2`` from Gram matrices (Deep CORAL, Sun & Saenko 2016, eq. 1).
 
     ``|Cov(x)|_F^2 = |H Kxx H|_F^2 / (N-1)^2`` and ``<Cov(x), Cov(y)> = |H Kxy H|_F^2 / (N-1)^2``, so that
     covariances of outer products are never formed. The original's ``1 / (4 d^2)`` is left to the caller.
-    0 for one clip.
+    Labels are ignored. 0 for one clip.
     """
     clips = kxx.shape[-1]
     squares = [center(k).pow(2).sum(dim=(-2, -1)) for k in (kxx, kyy, kxy)]
     return (squares[0] + squares[1] - 2 * squares[2]) / max(clips - 1, 1) ** 2
+
+
+#: What ``RepresentationGraph(distance=...)`` may ask for.
+DISTANCES = {"mmd": mmd, "cka": cka, "coral": coral}

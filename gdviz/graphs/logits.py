@@ -156,7 +156,6 @@ class LogitsGraph(nn.Module):
         costs = sinkhorn_divergence(teacher_probs, star.distribution[:, None], self.cost, **self.solver)
         return JointMatching(star.distribution, costs, star)
 
-    @torch.compiler.disable  # the solver's loop depends on the data
     def loss(
         self,
         student_logits: Float[Tensor, "batch classes"],
@@ -256,6 +255,40 @@ class LogitsGraph(nn.Module):
                 weight = self.beta if name == "consensus" else mean[k]
                 connect("distillation", "student", name, weight, costs[:, k], plans[:, k])
         return graph
+
+
+def one_class_at_a_time(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_probs: Float[Tensor, "batch teachers classes"],
+    weights: Float[Tensor, "batch teachers"],
+) -> tuple[Float[Tensor, "problems 2"], Float[Tensor, "problems teachers 2"], Float[Tensor, "problems teachers"]]:
+    """Multi-label data, such as CCV's, as the two-class problems "is it there or not", ``[B C, ...]`` (ours).
+
+    What a clip shows is then a set, a vertex is a product of Bernoulli distributions ``p_c``, and under the
+    Hamming distance between sets transport falls apart into classes: ``W(p, q) = sum_c |p_c - q_c|``. The
+    graph's debiased divergence of each class lies between that (as eps goes to 0), whose gradient jumps
+    at ``p_c = q_c``, and ``(p_c - q_c)^2`` (as eps grows), and is smooth. Unbalanced transport between the
+    ``p_c`` as masses would be the other choice: it needs a price of creating mass, and would let
+    probability of one class pay for another, though multi-label classes do not exclude each other.
+
+    Args:
+        student_logits: ``[B, C]`` raw logits, one sigmoid a class.
+        teacher_probs: ``[B, K, C]`` sigmoids, calibrated and softened.
+        weights: ``[B, K]``.
+
+    Returns:
+        The first three arguments of :meth:`LogitsGraph.loss`, :meth:`~LogitsGraph.consensus` (without the
+        first) and the rest, for a graph with ``zero_one_cost(2)``. The second of the two classes is "there".
+        The loss is a mean over clips and classes.
+
+    Example:
+        >>> z, p, w = one_class_at_a_time(torch.zeros(1, 3), torch.tensor([[[0.5, 0.9, 0.1]]]), torch.ones(1, 1))
+        >>> p[1]
+        tensor([[0.1000, 0.9000]])
+    """
+    z, p = student_logits.flatten(), teacher_probs.mT.flatten(0, 1)
+    classes = student_logits.shape[-1]
+    return torch.stack([torch.zeros_like(z), z], dim=-1), torch.stack([1 - p, p], dim=-1), weights.repeat_interleave(classes, dim=0)
 
 
 def pairwise_matching_cost(

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
+_BANDWIDTH_CLIPS = 512  # at least so many, evenly spaced, tell a bank's median distance
+
+
 def _unit(x: Tensor) -> Tensor:
     """``x / |x|``, smooth where x vanishes (a gradient of at most 1e3 instead of infinite)."""
     mean_square = x.pow(2).mean(dim=-1, keepdim=True)
@@ -51,8 +54,9 @@ class RepresentationGraph(nn.Module):
         student_dim: ``d_s``.
         route: ``"kernel"`` (exact: ``<x (x) y, x' (x) y'> = <x, x'> <y, y'>``, no outer product is
             formed) or ``"sketch"`` (explicit Tensor Sketch vectors; noisier and slower).
-        distance: ``"mmd"`` (unbiased, Gaussian kernels), ``"cka"`` (1 - unbiased CKA, clip by clip) or
-            ``"coral"`` (covariances).
+        distance: ``"mmd"`` (unbiased, Gaussian kernels), ``"cka"`` (1 - unbiased CKA, clip by clip),
+            ``"coral"`` (covariances) or ``"fourier"``: the MMD by random Fourier features of the sketch
+            vectors, whatever the route, without an N x N matrix; for banks of thousands of clips.
         class_conditional: weight pairs of clips by their labels in the MMD, see ``loss``.
         mu: strength of that weight.
         paired: weight, in the MMD, of each clip against its own counterpart (ours). The MMD alone is
@@ -60,7 +64,9 @@ class RepresentationGraph(nn.Module):
             trained on it alone fell from 0.61 (random features) to 0.49, with class weights 0.63, with
             ``paired=0.3`` it rose to 0.92 without any label. 0 gives the plain MMD.
         sketch_dim: size of the sketch vectors.
-        seed: of the sketch's hashes.
+        directions: number of random directions of ``"fourier"``, a multiple of 5; the error falls as
+            ``1 / sqrt(directions)``.
+        seed: of the sketch's hashes and the directions.
 
     Raises:
         ValueError: on unknown options, repeated names or sizes that do not match the names.
@@ -73,18 +79,21 @@ class RepresentationGraph(nn.Module):
         student_dim: int,
         *,
         route: Literal["kernel", "sketch"] = "kernel",
-        distance: Literal["mmd", "cka", "coral"] = "mmd",
+        distance: Literal["mmd", "cka", "coral", "fourier"] = "mmd",
         class_conditional: bool = True,
         mu: float = 4.0,
         paired: float = 0.3,
         sketch_dim: int = 4096,
+        directions: int = 500,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not teachers or len(set(teachers)) != len(teachers) or len(teachers) != len(teacher_dims):
             raise ValueError(f"need distinct teachers and one size each, got {teachers} and {teacher_dims}")
-        if route not in ("kernel", "sketch") or distance not in ("mmd", "cka", "coral"):
+        if route not in ("kernel", "sketch") or distance not in (*kernels.DISTANCES, "fourier"):
             raise ValueError(f"unknown route {route!r} or distance {distance!r}")
+        if directions <= 0 or directions % len(kernels.MULTIPLES):
+            raise ValueError(f"directions must be a positive multiple of {len(kernels.MULTIPLES)}, got {directions}")
         self.teachers, self.route, self.distance = tuple(teachers), route, distance
         self.mu = mu if class_conditional else 0.0
         self.paired = paired
@@ -95,6 +104,9 @@ class RepresentationGraph(nn.Module):
             self.register_buffer(f"mean_{k}", torch.zeros(d))
             self.register_buffer(f"std_{k}", torch.ones(d))
         self.sketch = TensorSketch(max(teacher_dims) + 1, sketch_dim, seed=seed)
+        if distance == "fourier":
+            generator = torch.Generator().manual_seed(seed)
+            self.register_buffer("directions", torch.randn(sketch_dim, directions, generator=generator))
 
     @torch.no_grad()
     def fit_scalers(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> None:
@@ -165,22 +177,19 @@ class RepresentationGraph(nn.Module):
         """``d(r_ij, r^s_ij)`` for every pair, ``[E]``; arguments as :meth:`loss`."""
         with torch.autocast(student_features.device.type, enabled=False):
             x, s = self.teacher_vectors(teacher_features), self.student_vectors(student_features)
-            tt, ss = self._pair_grams(x, x), self._pair_grams(s, s)  # (E, N, N)
-            if self.distance == "cka":
-                return 1 - kernels.unbiased_cka(tt, ss) if len(student_features) > 3 else 0.0 * ss.sum(dim=(1, 2))
-            ts = self._pair_grams(x, s)
-            if self.distance == "coral":
-                return kernels.coral(tt, ss, ts)
-            t, d = tt.diagonal(dim1=-2, dim2=-1), ss.diagonal(dim1=-2, dim2=-1)
-            teacher_d2 = kernels.squared_distances(t, t, tt)
-            # unit vectors at right angles are at squared distance 2: the width when there is no median
-            width = kernels.median_bandwidth(teacher_d2, default=2.0)
-            k = [
-                kernels.gaussian_kernel(d2, width)
-                for d2 in (teacher_d2, kernels.squared_distances(d, d, ss), kernels.squared_distances(t, d, ts))
-            ]
-            o = kernels.label_pair_weights(labels, self.mu, len(student_features), tt)
-            return kernels.mmd2(*k, pair_weights=o, paired=self.paired)
+            if self.distance == "fourier":
+                return self._fourier(self.sketch(x, self.pairs), self.sketch(s, self.pairs), labels)
+            grams = self._pair_grams(x, x), self._pair_grams(s, s), self._pair_grams(x, s)  # (E, N, N) each
+            o = kernels.label_pair_weights(labels, self.mu, len(student_features), grams[0])
+            return kernels.DISTANCES[self.distance](*grams, pair_weights=o, paired=self.paired)
+
+    def _fourier(self, r: Tensor, rs: Tensor, labels: Tensor | None) -> Tensor:
+        few = r[:, :: max(1, r.shape[1] // _BANDWIDTH_CLIPS)]
+        square = few.pow(2).sum(-1)
+        width = kernels.median_bandwidth(kernels.squared_distances(square, square, kernels.gram(few)), default=2.0)
+        features = [kernels.fourier_features(v, self.directions, width) for v in (r, rs)]
+        o = None if labels is None else kernels.label_vectors(labels, self.mu, r)
+        return kernels.fourier_mmd2(*features, label_vectors=o, paired=self.paired)
 
     def loss(
         self,

@@ -17,7 +17,7 @@ Janati et al. 2020 (debiased barycenter); Agueh & Carlier 2011 (gluing through a
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gdviz.graphs import _sinkhorn
@@ -36,20 +36,20 @@ __all__ = [
 ]
 
 
-def _unit_mass(x: Tensor, name: str) -> Tensor:
-    """Upcast from half precision and rescale to unit mass, differentiably."""
+def _unit_mass(x: Tensor) -> Tensor:
+    """Upcast from half precision and rescale to unit mass, differentiably.
+
+    What cannot be rescaled becomes NaN or keeps its sign, which the solvers refuse: a test here would
+    be a synchronisation more and break the compiler's graph.
+    """
     x = x if x.dtype in _sinkhorn.KERNEL_RANGE else x.float()
-    total = x.sum(dim=-1, keepdim=True)
-    # written so that NaN fails too
-    if not bool(((x.detach() >= 0) & (total > 0) & total.isfinite()).all()):
-        raise ValueError(f"{name} must be finite, non-negative and of positive mass over its last axis")
-    return x / total
+    return x / x.sum(dim=-1, keepdim=True).abs()
 
 
 def _common(a: Tensor, b: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
     if not a.shape[-1] == b.shape[-1] == cost.shape[-1]:
         raise ValueError(f"class axes differ: a {a.shape[-1]}, b {b.shape[-1]}, cost {cost.shape[-1]}")
-    a, b = _unit_mass(a, "a"), _unit_mass(b, "b")
+    a, b = _unit_mass(a), _unit_mass(b)
     dtype, shape = torch.promote_types(a.dtype, b.dtype), torch.broadcast_shapes(a.shape, b.shape)
     return a.to(dtype).expand(shape), b.to(dtype).expand(shape)
 
@@ -63,7 +63,7 @@ class Transport:
         f: ``[*batch, C]`` potential of ``a``, the gradient of the cost with respect to ``a``.
         g: ``[*batch, C]`` potential of ``b``.
         error: ``[*batch]`` L1 distance of the plan's marginals from ``a`` and ``b`` (upper bound).
-        iterations: number of iterations the slowest problem took.
+        iterations: number of iterations the slowest problem took, a tensor like all results.
         converged: whether every error is below the tolerance.
     """
 
@@ -71,8 +71,8 @@ class Transport:
     f: Float[Tensor, "*batch classes"]
     g: Float[Tensor, "*batch classes"]
     error: Float[Tensor, "*batch"]
-    iterations: int
-    converged: bool
+    iterations: Int[Tensor, ""]
+    converged: Bool[Tensor, ""]
     a: Float[Tensor, "*batch classes"]
     b: Float[Tensor, "*batch classes"]
     ground: Float[Tensor, "classes classes"]
@@ -84,24 +84,6 @@ class Transport:
         return ((f[..., :, None] + g[..., None, :] - self.ground) / self.eps).exp()
 
 
-class _Envelope(torch.autograd.Function):
-    """A value solved elsewhere whose gradients in ``a`` and ``b`` are the potentials ``f``, ``g``."""
-
-    @staticmethod
-    def forward(ctx, a, b, value, f, g):
-        ctx.save_for_backward(f, g)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():  # the potentials are constants here: their derivative would read 0
-            raise RuntimeError("transport costs are differentiable once only (no create_graph=True)")
-        f, g = ctx.saved_tensors
-        to_a, to_b = ctx.needs_input_grad[:2]
-        return grad[..., None] * f if to_a else None, grad[..., None] * g if to_b else None, None, None, None
-
-
-@torch.compiler.disable
 def sinkhorn(
     a: Float[Tensor, "*left classes"],
     b: Float[Tensor, "*right classes"],
@@ -140,12 +122,11 @@ def sinkhorn(
         0.5
     """
     a, b = _common(a, b, cost)
-    value, f, g, error, iterations, converged, eps_abs = _sinkhorn.solve(a, b, cost, eps, tol, max_iter)
-    ground = _sinkhorn.symmetric(cost, a.dtype)
-    return Transport(value, f, g, error, iterations, converged, a.detach(), b.detach(), ground, eps_abs)
+    a, b = a.detach(), b.detach()
+    solved = _sinkhorn.sinkhorn(a, b, cost, eps, tol, max_iter)
+    return Transport(*solved, a, b, _sinkhorn.symmetric(cost, a.dtype), _sinkhorn.absolute_eps(cost, eps)[0])
 
 
-@torch.compiler.disable
 def transport_cost(
     a: Float[Tensor, "*left classes"],
     b: Float[Tensor, "*right classes"],
@@ -161,11 +142,9 @@ def transport_cost(
     problem, centred because the marginals are rescaled to unit mass. Arguments as :func:`sinkhorn`.
     """
     a, b = _common(a, b, cost)
-    solved = _sinkhorn.solve(a, b, cost, eps, tol, max_iter)
-    return _Envelope.apply(a, b, solved.value, solved.f, solved.g)
+    return _sinkhorn.sinkhorn(a, b, cost, eps, tol, max_iter)[0]
 
 
-@torch.compiler.disable
 def self_cost(
     p: Float[Tensor, "*batch classes"],
     cost: Float[Tensor, "classes classes"],
@@ -179,11 +158,9 @@ def self_cost(
     Compute it once for a frozen teacher and pass it as ``self_p``. Arguments as :func:`sinkhorn`.
     """
     p, _ = _common(p, p, cost)
-    value, potential = _sinkhorn.solve_self(p, cost, eps, tol, max_iter)
-    return _Envelope.apply(p, p, value, potential, potential)
+    return _sinkhorn.self_sinkhorn(p, cost, eps, tol, max_iter)[0]
 
 
-@torch.compiler.disable
 def sinkhorn_divergence(
     p: Float[Tensor, "*left classes"],
     q: Float[Tensor, "*right classes"],
@@ -218,12 +195,10 @@ def sinkhorn_divergence(
     elif torch.is_grad_enabled() and p.requires_grad and not self_p.requires_grad:
         raise ValueError("self_p is a constant but p requires grad: its gradient would be wrong")
     q, _ = _common(q, q, cost)
-    value, potential = _sinkhorn.solve_self(q, cost, eps, tol, max_iter)
-    self_q = _Envelope.apply(q, q, value, potential, potential)
+    self_q, potential = _sinkhorn.self_sinkhorn(q, cost, eps, tol, max_iter)
     p, q = _common(p, q, cost)
     # from q's own potential the problem is solved at once where p = q, and sooner the nearer they are
-    solved = _sinkhorn.solve(p, q, cost, eps, tol, max_iter, guess=potential.expand(q.shape))
-    between = _Envelope.apply(p, q, solved.value, solved.f, solved.g)
+    between = _sinkhorn.sinkhorn(p, q, cost, eps, tol, max_iter, potential.detach().expand(q.shape))[0]
     divergence = between - 0.5 * (self_p.to(between.dtype) + self_q)
     return divergence - divergence.detach().clamp(max=0)
 
@@ -241,8 +216,8 @@ class Barycenter:
 
     distribution: Float[Tensor, "*batch classes"]
     error: Float[Tensor, "*batch"]
-    iterations: int
-    converged: bool
+    iterations: Int[Tensor, ""]
+    converged: Bool[Tensor, ""]
     p: Float[Tensor, "*batch teachers classes"]
     ground: Float[Tensor, "classes classes"]
     eps: float  # relative, as given
@@ -258,7 +233,6 @@ class Barycenter:
         return sinkhorn(centre, p, self.ground, eps=self.eps, tol=1e-7).plan().to(self.distribution.dtype)
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def barycenter(
     p: Float[Tensor, "*batch teachers classes"],
@@ -289,44 +263,16 @@ def barycenter(
         debiased: remove the entropic blur.
 
     Raises:
-        ValueError: as :func:`sinkhorn`; also if shapes disagree or eps is below ``max(D) / 300``.
+        ValueError: as :func:`sinkhorn`; also if shapes disagree.
 
     Warns:
         ConvergenceWarning: when ``max_iter`` came first.
     """
     if weights.shape != p.shape[:-1] or p.shape[-1] != cost.shape[-1]:
         raise ValueError(f"p {tuple(p.shape)}, weights {tuple(weights.shape)}, cost {tuple(cost.shape)} do not fit")
-    *batch, teachers, classes = p.shape
-    eps_abs, sharpness = _sinkhorn.absolute_eps(cost, eps)
-    given, dtype = p.dtype if p.dtype == torch.float64 else torch.float32, _sinkhorn.double(p.device)
-    if sharpness > _sinkhorn.KERNEL_RANGE[dtype]:
-        raise ValueError(f"eps {eps} is too small for a barycenter: max(cost) / eps is {sharpness:.0f}")
-    p = _unit_mass(p, "p").to(dtype)
-    w = _unit_mass(weights, "weights").to(dtype).reshape(-1, teachers).mT  # (K, B)
-    columns = p.reshape(-1, teachers, classes).permute(2, 1, 0).contiguous()  # (C, K, B)
-    kernel = (_sinkhorn.symmetric(cost, dtype) / -eps_abs).exp()
-
-    def step(marginals, state, relax):
-        (p, w), (v, bias, _) = marginals, state
-        kv = torch.tensordot(kernel, p * v, dims=1)  # (C, K, B)
-        b = ((w * kv.log()).sum(dim=1) + bias.log()).exp()  # (C, B)
-        ku = torch.tensordot(kernel, b[:, None] / kv, dims=1)  # the rows of every plan equal b now
-        k_bias = kernel @ bias
-        error = None
-        if not relax:
-            error = (p * (v * ku - 1).abs()).sum(dim=0).amax(dim=0)
-            error = error + ((bias * k_bias - b).abs().sum(dim=0) if debiased else 0.0)
-        if debiased:
-            bias = torch.sqrt(bias * b / k_bias)
-        return (torch.rsqrt(v * ku) / ku if relax else 1 / ku, bias, b), error
-
-    with torch.autocast(p.device.type, enabled=False):
-        ones = torch.ones_like(columns)
-        state = (ones, ones[:, 0], ones[:, 0])
-        (_, _, b), error, iterations = _sinkhorn.iterate(step, (columns, w), state, tol, max_iter)
-    converged = _sinkhorn.warn_unless("barycenter", error, tol, max_iter)
-    b = (b / b.sum(dim=0)).mT.reshape(*batch, classes).to(given)
-    return Barycenter(b, error.reshape(batch).to(given), iterations, converged, p.to(given), cost.detach().to(given), eps)
+    p, weights = _unit_mass(p), _unit_mass(weights)
+    b, error, iterations, converged = _sinkhorn.barycenter(p, weights, cost, eps, tol, max_iter, debiased)
+    return Barycenter(b, error, iterations, converged, p, cost.detach().to(p), eps)
 
 
 def glue(
