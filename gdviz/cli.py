@@ -1,10 +1,10 @@
-"""The command line: ``gdviz run``, ``gdviz figures``. Flags come from the dataclasses in ``gdviz.config``."""
+"""The command line: ``gdviz run``, ``gdviz figures``, ``gdviz data check``. Flags come from the dataclasses in ``gdviz.config``."""
 
 from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,15 @@ import tyro
 from gdviz import run as runs
 from gdviz.artefacts import UserError
 from gdviz.config import PROFILES, Profile
+from gdviz.data.index import read_folder
+from gdviz.data.layouts import SOURCES, describe, read_official, save_list
+from gdviz.data.verified import verified
+from gdviz.parallel import WorkerDied
 from gdviz.report import draw_figures, table
 
 USAGE = """usage: gdviz run [--profile smoke|workshop|paper] [--data DIR] [--out DIR] [options]   (gdviz run --help lists them)
-       gdviz figures RUN [--out DIR]      draw the figures of a finished run again"""
+       gdviz figures RUN [--out DIR]      draw the figures of a finished run again
+       gdviz data check DIR [options]     what is there of a data set, what is missing, what cannot be read"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,25 @@ class FigureArguments:
     run: tyro.conf.Positional[Path]
     out: Path | None = None
     """folder; by default figures/ in the run's"""
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Says what is there of UCF101, HMDB51, CCV or a folder of class sub-folders, what is missing and where to get it."""
+
+    folder: tyro.conf.Positional[Path]
+    lists: Path | None = None
+    """folder of the official lists, if they are not in the videos' own"""
+    split: int = 1
+    """official split: 1, 2 or 3"""
+    verify: bool = False
+    """decode every file once and list those that are refused; what was found is kept for runs"""
+    csv: Path | None = None
+    """writes the clips that are there, for ``gdviz run --data``"""
+    cache: Path = Path("data")
+    """where runs keep decoded videos"""
+    workers: int = 2
+    """decoding processes; with one, a file that kills or hangs its reader ends the check"""
 
 
 def _profile(arguments: list[str]) -> tuple[Profile, list[str]]:
@@ -96,17 +120,50 @@ def _figures(arguments: list[str]) -> None:
         print(path)
 
 
+def _check(arguments: list[str]) -> None:
+    args = tyro.cli(CheckArguments, prog="gdviz data check", args=arguments)
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder}: no such folder")
+    official = read_official(args.folder, lists=args.lists, split=args.split)
+    if official is None and args.lists:
+        raise UserError(f"--lists {args.lists}: holds the lists of none of {', '.join(SOURCES)}")
+    if official:
+        print(describe(official))
+        gone = set(official.missing)
+        clips = [clip for clip in official.clips if clip not in gone]
+    else:
+        clips = read_folder(args.folder)
+        for label, count in sorted(Counter(clip.label or "(unlabelled)" for clip in clips).items()):
+            print(f"{label}: {count} videos")
+    refused = 0
+    if args.verify:
+        found = verified([clip.path for clip in clips], args.cache / "cache" / "verified.sqlite", workers=args.workers)
+        for clip, reason in zip(clips, found, strict=True):
+            if isinstance(reason, str):
+                print(f"refused {clip.path}: {reason}")
+                refused += 1
+        print(f"{len(clips) - refused} of {len(clips)} videos can be read")
+    if args.csv:
+        save_list(clips, args.csv)
+    if refused or (official and official.missing):
+        sys.exit(1)
+
+
+def _data(arguments: list[str]) -> None:
+    if arguments[:1] != ["check"]:
+        raise UserError(f"data {' '.join(arguments[:1])}: unknown; there is `gdviz data check DIR`")
+    _check(arguments[1:])
+
+
 def main() -> None:
-    commands = {"run": _run, "figures": _figures}
+    commands = {"run": _run, "figures": _figures, "data": _data}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(USAGE)
         sys.exit(0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2)
     try:
         commands[sys.argv[1]](sys.argv[2:])
-    except (UserError, ValueError, FloatingPointError) as error:
+    except (UserError, WorkerDied, ValueError, FloatingPointError) as error:
         sys.exit(f"gdviz: {error}")
-    except BrokenProcessPool:
-        sys.exit("gdviz: a worker process was killed (too little memory?); the same command goes on from here, try fewer --workers")
     except KeyboardInterrupt:
         sys.exit("gdviz: interrupted; the same command goes on from here")
 

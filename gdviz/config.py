@@ -14,9 +14,9 @@ METHODS = ("labels", "kd-best", "kd-uniform", "logits-graph", "representation-gr
 class MotionData:
     """The embedded data set: videos per class in each part."""
 
-    labelled: int = 10
+    labelled: int = 7
     """labelled training videos per class"""
-    unlabelled: int = 90
+    unlabelled: int = 84
     """unlabelled training videos per class"""
     test: int = 40
     """test videos per class"""
@@ -39,6 +39,8 @@ class View:
     """frames of a clip"""
     stride: int = 2
     """kept frames from one frame of a clip to the next"""
+    clips: int = 3
+    """clips of a video, spread evenly over it, whose outputs are averaged when a network is read out or tested"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Teachers:
     strides: tuple[int, ...] = (3, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16"
-    pretrain: Schedule = Schedule(epochs=10, batch=32, min_steps=20)
+    pretrain: Schedule = Schedule(epochs=14, batch=32, min_steps=20)
     fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)
     """fitting on the labelled part"""
     folds: int = 3
@@ -93,7 +95,7 @@ class Edges:
 class Distillation:
     """Training of the student through the graphs."""
 
-    student: str = "tiny8"
+    student: str = "tiny8n"
     schedule: Schedule = Schedule(epochs=15, batch=32, lr=1e-2, min_steps=20)
     labelled_batch: int = 8
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
@@ -106,7 +108,7 @@ class Distillation:
     """weight of the consensus in the logits graph"""
     logits_scale: float = 1.0
     """gradient norm of the logits graph relative to that of the cross-entropy"""
-    representation_scale: float = 0.3
+    representation_scale: float = 1.0
     """gradient norm of the representation graph relative to that of the cross-entropy"""
     distance: Literal["mmd", "cka", "coral"] = "mmd"
     """between the teachers' pair vertices and the student's"""
@@ -155,7 +157,7 @@ def _profiles() -> dict[str, Profile]:
             pretrain=Schedule(epochs=200, batch=64, lr=1e-3, weight_decay=0.05),
             fit=Schedule(epochs=60, batch=32, lr=5e-4, weight_decay=0.05),
         ),
-        distillation=Distillation(student="tiny32", schedule=Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02), labelled_batch=16),
+        distillation=Distillation("tiny32n", Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02), labelled_batch=16),
     )
     return {"smoke": smoke, "workshop": workshop, "paper": paper}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
@@ -13,13 +15,21 @@ from gdviz.config import Distillation, View
 from gdviz.data.sampling import augment, clips_of
 from gdviz.data.videos import VideoSet
 from gdviz.edges import Edges
-from gdviz.graphs import RepresentationGraph
+from gdviz.graphs import FOLLOW_STUDENT, POLICIES, LogitsGraph
 from gdviz.knowledge import Knowledge, build_graphs
-from gdviz.losses import kd_loss
+from gdviz.losses import (
+    contrastive_loss,
+    decoupled_kd_loss,
+    dist_loss,
+    hint_loss,
+    multi_teacher_kd_loss,
+    relational_angle_loss,
+    relational_distance_loss,
+)
 from gdviz.models import Classifier, build_backbone
-from gdviz.training import train
+from gdviz.training import Bookkeeping, train
 
-# Which graph losses a method uses; every other known method is a plain distillation.
+# Which graph losses a method uses; the others are the baselines below and plain distillations, ``kd-*``.
 GRAPHS = {
     "labels": (),
     "logits-graph": ("logits",),
@@ -27,6 +37,37 @@ GRAPHS = {
     "both-graphs": ("logits", "repr"),
     "both-shuffled": ("logits", "repr"),
 }
+NEGATIVES = 64  # clips that CRD tells a clip from
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a baseline sees in a step: the student, the best teacher on the same clips, and layers learned along."""
+
+    logits: Float[Tensor, "b c"]
+    features: Float[Tensor, "b d"]
+    teacher_logits: Float[Tensor, "b c"]
+    teacher_features: Float[Tensor, "b e"]
+    others: Float[Tensor, "b n e"]  # the teacher's features of other clips
+    bank: int  # how many clips the others were drawn from
+    labels: Tensor  # (b,) true where known, else the teacher's
+    temperature: float
+    student_to: nn.Linear  # d -> e
+    teacher_to: nn.Linear  # e -> e
+
+
+BASELINES: dict[str, Callable[[Seen], Tensor]] = {
+    "fitnets": lambda s: hint_loss(s.student_to(s.features), s.teacher_features),
+    "rkd": lambda s: relational_distance_loss(s.features, s.teacher_features) + 2 * relational_angle_loss(s.features, s.teacher_features),
+    "crd": lambda s: contrastive_loss(s.student_to(s.features), s.teacher_to(s.teacher_features), s.teacher_to(s.others), s.bank),
+    "dkd": lambda s: decoupled_kd_loss(s.logits, s.teacher_logits, s.labels, s.temperature),
+    "dist": lambda s: dist_loss(s.logits, s.teacher_logits, s.temperature),
+}
+
+
+def methods_of(teachers: Sequence[str]) -> list[str]:
+    """Every method that can be asked for, given the teachers' names."""
+    return [*GRAPHS, *BASELINES, *(f"kd-{name}" for name in ("best", "learned", *POLICIES, *teachers))]
 
 
 class _Balance(nn.Module):
@@ -38,14 +79,19 @@ class _Balance(nn.Module):
 
     def __init__(self, scales: dict[str, float]) -> None:
         super().__init__()
-        self.scales = scales
+        self.scales, self.ramps, self.measuring = scales, dict.fromkeys(scales, 1.0), True
         for name in ("ce", *scales):
             self.register_buffer(f"norm_{name}", torch.zeros(()))
 
-    def measure(self, losses: dict[str, Tensor], features: Tensor) -> None:
+    def forward(self, ce: Tensor, losses: dict[str, Tensor], features: Tensor) -> Tensor:
+        """``ce + sum_i ramp_i lambda_i loss_i``."""
+        if self.measuring:
+            for name, loss in {"ce": ce, **losses}.items():
+                (grad,) = torch.autograd.grad(loss, features, retain_graph=True)
+                getattr(self, f"norm_{name}").add_(grad.norm())
         for name, loss in losses.items():
-            (grad,) = torch.autograd.grad(loss, features, retain_graph=True)
-            getattr(self, f"norm_{name}").add_(grad.norm())
+            ce = ce + self.factor(name) * self.ramps[name] * loss
+        return ce
 
     def factor(self, name: str) -> Tensor:
         return self.scales[name] * self.norm_ce / getattr(self, f"norm_{name}").clamp(min=1e-12)
@@ -54,25 +100,81 @@ class _Balance(nn.Module):
 class Student(nn.Module):
     """The student with all that is trained or remembered along with it, so that one checkpoint holds it."""
 
-    def __init__(self, classifier: Classifier, scales: dict[str, float], adapters: RepresentationGraph | None) -> None:
+    def __init__(self, classifier: Classifier, scales: dict[str, float], **others: nn.Module | None) -> None:
         super().__init__()
-        self.classifier, self.balance, self.graph = classifier, _Balance(scales), adapters
+        self.classifier, self.balance = classifier, _Balance(scales)
+        self.graph, self.student_to, self.teacher_to = (others.get(name) for name in ("graph", "student_to", "teacher_to"))
 
 
-def kd_target(method: str, knowledge: Knowledge, temperature: float) -> Float[Tensor, "n c"]:
-    """What plain distillation shows the student: the mean of all teachers, or one of them.
+def kd_weights(
+    name: str, knowledge: Knowledge, edges: Edges, softened: Float[Tensor, "n k c"]
+) -> Callable[[Tensor, int, Tensor], Float[Tensor, "b k"]]:
+    """Whom plain distillation listens to: ``(rows [b], moment, student's softened probabilities [b, c]) -> weights [b, k]``.
 
-    Raises:
-        ValueError: ``method`` is none of ``kd-uniform``, ``kd-best``, ``kd-NAME``.
+    ``name``: a teacher, ``best``, ``learned`` (the edges of the logits graph) or one of ``gdviz.graphs.POLICIES``.
     """
-    probs, name = knowledge.probs(temperature), method.removeprefix("kd-")
-    if name == "uniform":
-        return probs.mean(1)
     name = knowledge.best_teacher() if name == "best" else name
-    if name not in knowledge.teachers or not method.startswith("kd-"):
-        known = [*GRAPHS, "kd-best", "kd-uniform", *(f"kd-{t}" for t in knowledge.teachers)]
-        raise ValueError(f"unknown method {method!r}: choose from {', '.join(known)}")
-    return probs[:, knowledge.teachers.index(name)]
+    if name == "learned":
+        return lambda rows, moment, _: edges.teachers[moment, rows]
+    if name in FOLLOW_STUDENT:
+        return lambda rows, _, student: POLICIES[name](softened[rows].to(student), knowledge.labels[rows].to(student.device), student)
+    if name in POLICIES:
+        fixed = POLICIES[name](knowledge.probs(), knowledge.labels, None)
+    else:
+        fixed = torch.tensor([float(name == teacher) for teacher in knowledge.teachers]).expand(len(softened), -1)
+    return lambda rows, *_: fixed[rows]
+
+
+@dataclass
+class _Lesson:
+    """What the losses of one training share; ``moment`` and ``rng`` move with it."""
+
+    method: str
+    knowledge: Knowledge
+    edges: Edges
+    cfg: Distillation
+    rows: Tensor  # the training videos
+    student: Student
+    logits_graph: LogitsGraph
+    device: str
+    moment: int = 0
+    rng: Generator | None = None
+
+    def __post_init__(self) -> None:
+        self.softened = self.knowledge.probs(self.cfg.temperature)
+        self.best = self.knowledge.teachers.index(self.knowledge.best_teacher())
+        if self.method.startswith("kd-"):
+            self.weigh = kd_weights(self.method.removeprefix("kd-"), self.knowledge, self.edges, self.softened)
+
+    def match_logits(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
+        """The logits graph."""
+        shown = (of[picked].to(self.device) for of in (self.softened, self.edges.teachers[self.moment], self.edges.consensus[self.moment]))
+        return self.logits_graph.loss(logits, *shown)
+
+    def match_pairs(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
+        """The representation graph."""
+        shown = [f[picked].to(self.device) for f in self.knowledge.features]
+        consensus, pairs = self.edges.consensus[self.moment, picked], self.edges.pairs[self.moment]
+        return self.student.graph.loss(features, shown, consensus.to(self.device), pairs.to(self.device))
+
+    def listen(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
+        """Plain distillation."""
+        weights = self.weigh(picked, self.moment, torch.softmax(logits.detach() / self.cfg.temperature, 1))
+        return multi_teacher_kd_loss(logits, self.softened[picked].to(self.device), weights.to(self.device), self.cfg.temperature)
+
+    def imitate(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
+        """One of ``BASELINES``."""
+        known, rows, student = self.knowledge.labels[picked], self.rows, self.student
+        said, shown = self.knowledge.logits[picked, self.best], self.knowledge.features[self.best]
+        at = torch.randint(len(rows), (len(picked), min(NEGATIVES, len(rows) - 1)), generator=self.rng)
+        at = (at + (rows[at] == picked[:, None])) % len(rows)  # never the clip itself
+        truth = torch.where(known >= 0, known, said.argmax(1))
+        said, shown, others, truth = (x.to(self.device) for x in (said, shown[picked], shown[rows[at]], truth))
+        layers = (student.student_to, student.teacher_to)
+        return BASELINES[self.method](Seen(logits, features, said, shown, others, len(rows), truth, self.cfg.temperature, *layers))
+
+
+_LOSSES = {"logits": _Lesson.match_logits, "repr": _Lesson.match_pairs, "kd": _Lesson.listen, "baseline": _Lesson.imitate}
 
 
 def distill(
@@ -85,8 +187,7 @@ def distill(
     *,
     seed: int,
     device: str = "cpu",
-    checkpoint: Path | None = None,
-    progress: str | None = None,
+    **bookkeeping: Unpack[Bookkeeping],
 ) -> tuple[Student, list[dict[str, float]]]:
     """Trains one student: ``L = CE(labelled) + lambda_l L_logits + lambda_r ramp(t) L_repr``.
 
@@ -95,15 +196,17 @@ def distill(
     take the same number of steps on the same number of clips.
 
     Args:
-        method: ``labels``, ``kd-best`` (the teacher best out of fold), ``kd-NAME`` (that one),
-            ``kd-uniform``, ``logits-graph``, ``representation-graph``, ``both-graphs``, or
-            ``both-shuffled`` (the control, whose ``knowledge`` and ``edges`` come shuffled).
+        method: one of :func:`methods_of`. ``kd-best``, ``fitnets``, ``rkd``, ``crd``, ``dkd`` and ``dist`` see the
+            teacher that is best out of fold; ``both-shuffled`` is the control, whose ``knowledge`` and
+            ``edges`` come shuffled.
         knowledge: what the teachers say.
         edges: learned weights and consensus over time.
         videos: the set.
         view: how clips are taken.
         cfg: student, schedule and graphs.
         seed: of initialisation, batches and views.
+        device: where to train.
+        bookkeeping: checkpoint and progress bar, see :func:`gdviz.training.train`.
 
     Returns:
         The student and one row of logged means an epoch.
@@ -111,51 +214,38 @@ def distill(
     Raises:
         ValueError: unknown method.
     """
+    if method not in methods_of(knowledge.teachers):
+        raise ValueError(f"unknown method {method!r}: choose from {', '.join(methods_of(knowledge.teachers))}")
     rows, labelled = videos.training_rows, videos.rows("train")
     torch.manual_seed(seed)
     classifier = Classifier(build_backbone(cfg.student), len(videos.label_names))
+    use = GRAPHS.get(method, ("baseline",) if method in BASELINES else ("kd",))
     logits_graph, representation_graph = build_graphs(knowledge, classifier.backbone.dim, rows, cfg)
-    use = GRAPHS.get(method, ("kd",))
-    scales = {"logits": cfg.logits_scale, "repr": cfg.representation_scale, "kd": cfg.logits_scale}
-    adapters = representation_graph if "repr" in use else None
-    student = Student(classifier, {name: scales[name] for name in use}, adapters).to(device)
-    softened = kd_target(method, knowledge, cfg.temperature) if use == ("kd",) else knowledge.probs(cfg.temperature)
-    logits_graph.to(device)
-    now = {"moment": 0, "first": True, "ramp": 0.0}
+    along: dict[str, nn.Module] = {"graph": representation_graph} if "repr" in use else {}
+    if "baseline" in use:
+        size = knowledge.features[knowledge.teachers.index(knowledge.best_teacher())].shape[1]
+        along = {"student_to": nn.Linear(classifier.backbone.dim, size), "teacher_to": nn.Linear(size, size)}
+    scales = dict.fromkeys(use, cfg.logits_scale) | ({"repr": cfg.representation_scale} if "repr" in use else {})
+    student = Student(classifier, scales, **along).to(device)
+    lesson = _Lesson(method, knowledge, edges, cfg, rows, student, logits_graph.to(device), device)
 
     def on_epoch(epoch: int) -> dict[str, float]:
         progress = epoch / cfg.schedule.epochs
-        now.update(moment=edges.at(progress), first=epoch == 0, ramp=min(1.0, 5 * (progress + 1 / cfg.schedule.epochs)))
+        lesson.moment, student.balance.measuring = 0, epoch == 0
+        if "repr" in use:  # comes in over the first fifth of the training
+            student.balance.ramps["repr"] = min(1.0, 5 * (progress + 1 / cfg.schedule.epochs))
         return {}
 
-    def distillation(picked: Tensor, logits: Tensor, features: Tensor) -> dict[str, Tensor]:
-        losses, moment = {}, now["moment"]
-        if use == ("kd",):
-            losses["kd"] = kd_loss(logits, softened[picked].to(device), cfg.temperature)
-        consensus = edges.consensus[moment, picked].to(device)
-        if "logits" in use:
-            weights = edges.teachers[moment, picked].to(device)
-            losses["logits"] = logits_graph.loss(logits, softened[picked].to(device), weights, consensus)
-        if "repr" in use:
-            shown = [f[picked].to(device) for f in knowledge.features]
-            losses["repr"] = representation_graph.loss(features, shown, consensus, edges.pairs[moment].to(device))
-        return losses
-
     def step(picked: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        count = cfg.labelled_batch
+        lesson.rng, count = rng, cfg.labelled_batch
         draw = labelled[torch.randint(len(labelled), (count + len(picked),), generator=rng)]
         picked = draw if method == "labels" else torch.cat([draw[:count], picked])
         supervised = len(picked) if method == "labels" else count
         clips = augment(clips_of(videos.batch(picked).to(device), view.length, view.stride, rng), rng)
         logits, features = classifier(clips)
         ce = cross_entropy(logits[:supervised], videos.labels[picked[:supervised]].to(device))
-        losses = distillation(picked, logits, features)
-        if now["first"]:
-            student.balance.measure({"ce": ce, **losses}, features)
-        total = ce
-        for name, loss in losses.items():
-            total = total + student.balance.factor(name) * (now["ramp"] if name == "repr" else 1.0) * loss
-        return total, {"ce": ce, **losses}
+        losses = {name: _LOSSES[name](lesson, picked, logits, features) for name in use}
+        return student.balance(ce, losses, features), {"ce": ce, **losses}
 
-    history = train(student, step, rows, cfg.schedule, seed=seed, checkpoint=checkpoint, on_epoch=on_epoch, progress=progress)
+    history = train(student, step, rows, cfg.schedule, seed=seed, on_epoch=on_epoch, **bookkeeping)
     return student, history

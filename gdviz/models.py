@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -54,9 +56,16 @@ class _Block(nn.Module):
         return torch.relu(self.body(x) + self.skip(x))
 
 
-def _tiny(width: int) -> Backbone:
-    """A small R(2+1)D for clips of 24 to 64 pixels; ``width`` channels after the stem, four times as many at the end."""
+def _tiny(width: int, standardise: bool) -> Backbone:
+    """A small R(2+1)D for clips of 24 to 64 pixels; ``width`` channels after the stem, four times as many at the end.
+
+    ``standardise`` divides every clip by its own mean and deviation first. The embedded clips differ most in colour: told
+    all true labels, a student that standardises is right on 72 % of the test clips after eight epochs, one that does not on
+    8 to 36 %. Teachers do not: pre-trained so, they do better on their pretext tasks and worse on the classes (order 36
+    instead of 44 %, registration 38 instead of 43 %). One draw of the data, one or two seeds.
+    """
     stem = nn.Sequential(
+        *[nn.InstanceNorm3d(3)] * standardise,
         nn.Conv3d(3, width, (1, 5, 5), (1, 2, 2), (0, 2, 2), bias=False),
         nn.BatchNorm3d(width),
         nn.ReLU(inplace=True),
@@ -75,19 +84,19 @@ def build_backbone(name: str) -> Backbone:
     """Builds an untrained backbone.
 
     Args:
-        name: one of torchvision's ``r3d_18``, ``mc3_18``, ``r2plus1d_18``, ``s3d``, or ``tinyW``
-            for a small R(2+1)D of width W (``tiny8``, ``tiny16``).
+        name: one of torchvision's ``r3d_18``, ``mc3_18``, ``r2plus1d_18``, ``s3d``, or ``tinyW`` for a small
+            R(2+1)D of width W (``tiny8``, ``tiny16``), ``tinyWn`` for one that standardises every clip.
 
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
-    if name.startswith("tiny") and name[4:].isdigit():
-        backbone = _tiny(int(name[4:]))
+    if tiny := re.fullmatch(r"tiny(\d+)(n?)", name):
+        backbone = _tiny(int(tiny[1]), bool(tiny[2]))
     elif name == "s3d":
         backbone = Backbone(zoo.s3d(weights=None).features, 1024)
     elif name in ZOO:
         net = getattr(zoo, name)(weights=None)
         backbone = Backbone(nn.Sequential(net.stem, net.layer1, net.layer2, net.layer3, net.layer4), 512)
     else:
-        raise ValueError(f"unknown backbone {name!r}: choose tinyW (tiny8, tiny16, ...) or one of {', '.join(ZOO)}")
+        raise ValueError(f"unknown backbone {name!r}: choose tinyW (tiny8, tiny16, ...), tinyWn or one of {', '.join(ZOO)}")
     return backbone.to(memory_format=torch.channels_last_3d)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from gdviz import plots
 from gdviz.artefacts import load_json, load_tensors
-from gdviz.graphs import effective_number
-from gdviz.knowledge import build_graphs
+from gdviz.data.videos import VideoSet
+from gdviz.edges import Edges
+from gdviz.graphs import LogitsGraph, RepresentationGraph, effective_number
+from gdviz.knowledge import Knowledge, build_graphs
 from gdviz.run import Run
 
 
@@ -59,82 +64,120 @@ def table(run: Run) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """What figures show: all seeds' metrics, and the first seed's teachers, edges and one student."""
+
+    run: Run
+    videos: VideoSet
+    knowledge: Knowledge
+    edges: Edges
+    method: str
+    outputs: dict[str, Tensor]  # of that student: logits, features
+    test: Tensor
+
+    @classmethod
+    def open(cls, run: Run) -> _Finished:
+        seed, videos, methods = run.profile.seeds[0], run.videos(), run.profile.methods
+        method = "both-graphs" if "both-graphs" in methods else methods[-1]
+        outputs = load_tensors(run.student_folder(seed, method) / "outputs.safetensors")
+        return cls(run, videos, run.knowledge(seed, videos), run.edges(seed), method, outputs, videos.rows("test"))
+
+    def graphs(self) -> tuple[LogitsGraph, RepresentationGraph]:
+        dim = self.outputs["features"].shape[1]
+        return build_graphs(self.knowledge, dim, self.videos.training_rows, self.run.profile.distillation)
+
+
+def _logits_graph(look: _Finished) -> Figure:
+    test, temperature = look.test, look.run.profile.distillation.temperature
+    student_probs = torch.softmax(look.outputs["logits"][test] / temperature, 1)
+    graph = look.graphs()[0].to_networkx(look.knowledge.probs(temperature)[test], look.edges.teachers[-1][test], student_probs)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.25, 1))
+    plots.plot_logits_graph(graph, left)
+    first, second = sorted(look.knowledge.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
+    edge = graph[first][second]
+    plots.plot_plan(edge["plan"], look.videos.label_names, edge["rows"], edge["columns"], right)
+    return figure
+
+
+def _representation_graph(look: _Finished) -> Figure | None:
+    file = look.run.student_folder(look.run.profile.seeds[0], look.method) / "representation_graph.safetensors"
+    if not file.exists():  # a student of the logits graph alone has no adapters
+        return None
+    trained, test = look.graphs()[1], look.test
+    trained.load_state_dict(load_tensors(file))
+    with torch.no_grad():
+        features = [f[test] for f in look.knowledge.features]
+        distances = trained.distances(look.outputs["features"][test], features, look.edges.consensus[-1][test])
+    figure, axes = plt.subplots(figsize=(5.4, 4.6))
+    plots.plot_representation_graph(trained.to_networkx(look.edges.pairs[-1], distances), axes)
+    return figure
+
+
+def _edge_weights(look: _Finished) -> Figure:
+    teachers, pairs = look.edges.teachers[:, look.videos.training_rows], look.edges.pairs
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for ax, what, weights, number, names in (
+        (axes[0], "teachers", teachers.mean(1), effective_number(teachers[-1]).mean(), look.knowledge.teachers),
+        (axes[1], "pairs", pairs, effective_number(pairs[-1]), look.graphs()[1].names),
+    ):
+        plots.plot_edges_over_training(weights.numpy(), names, ax)
+        ax.set_title(f"{what}: effective number {number:.1f} of {len(names)}", loc="left", pad=24)
+        ax.set_xlabel("moment of the training")
+    return figure
+
+
+def _embeddings(look: _Finished) -> Figure:
+    weights = look.edges.teachers[-1][look.videos.training_rows].mean(0)
+    best = int(weights.argmax())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
+    for ax, title, features in (
+        (left, f"teacher: {look.knowledge.teachers[best]}", look.knowledge.features[best]),
+        (right, f"student: {plots.METHOD_NAMES.get(look.method, look.method)}", look.outputs["features"]),
+    ):
+        points = plots.embed(features[look.test].numpy())
+        plots.plot_embedding(points, look.videos.labels[look.test], look.videos.label_names, ax)
+        ax.set_title(title)
+    if legend := left.get_legend():  # one for both
+        legend.remove()
+    return figure
+
+
+def _accuracy(look: _Finished) -> Figure:
+    metrics = [
+        {"seed": m["seed"], "accuracy": m["accuracy"], "method": m["name"] if m["kind"] == "student" else f"teacher:{m['name']}"}
+        for m in look.run.metrics()
+    ]
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    plots.plot_accuracy(metrics, axes, chance=load_json(look.run.folder / "summary.json")["baselines"]["chance"])
+    return figure
+
+
+def _tradeoff(look: _Finished) -> Figure:
+    found, summary = scores(look.run), load_json(look.run.folder / "summary.json")
+    points = [
+        {"name": t, "kind": "teacher", "accuracy": mean(found["teacher", t]), **summary["teacher"][t]} for t in look.knowledge.teachers
+    ]
+    compared = [m for m in ("labels", look.method) if ("student", m) in found]
+    points += [{"name": m, "kind": "student", "accuracy": mean(found["student", m]), **summary["student"]} for m in compared]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
+    for ax, x in zip(axes, ("latency_ms", "params", "gflops"), strict=True):
+        plots.plot_tradeoff(points, x, ax)
+    return figure
+
+
+FIGURES = {
+    "logits_graph": _logits_graph, "representation_graph": _representation_graph, "edge_weights": _edge_weights,
+    "embeddings": _embeddings, "accuracy": _accuracy, "tradeoff": _tradeoff,
+}  # fmt: skip
+
+
 def draw_figures(run: Run, out: Path) -> list[Path]:
-    """Draws the run's first seed (graphs, edges, embeddings) and all seeds (accuracy, trade-off) as PDF, SVG and PNG."""
-    seed, videos = run.profile.seeds[0], run.videos()
-    knowledge, edges = run.knowledge(seed, videos), run.edges(seed)
-    rows, test = videos.training_rows, videos.rows("test")
-    logits_graph, representation_graph = build_graphs(knowledge, 1, rows, run.profile.distillation)
-    students = run.profile.methods
-    shown = "both-graphs" if "both-graphs" in students else students[-1]
-    outputs = load_tensors(run.student_folder(seed, shown) / "outputs.safetensors")
-    written: list[Path] = []
-
-    def save(name: str, figure: plt.Figure) -> None:
-        written.extend(plots.save_figure(figure, out, name))
-        plt.close(figure)
-
+    """Draws ``FIGURES`` of a finished run as PDF, SVG and PNG: graphs, edges and embeddings of its first seed, accuracy of all."""
+    look, written = _Finished.open(run), []
     with plots.style():
-        temperature = run.profile.distillation.temperature
-        student_probs = torch.softmax(outputs["logits"] / temperature, 1)
-        graph = logits_graph.to_networkx(knowledge.probs(temperature)[test], edges.teachers[-1][test], student_probs[test])
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.25, 1))
-        plots.plot_logits_graph(graph, left)
-        first, second = sorted(knowledge.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
-        edge = graph[first][second]
-        plots.plot_plan(edge["plan"], videos.label_names, edge["rows"], edge["columns"], right)
-        save("logits_graph", figure)
-
-        file = run.student_folder(seed, shown) / "representation_graph.safetensors"
-        if file.exists():  # a student of the logits graph alone has no adapters
-            trained = build_graphs(knowledge, outputs["features"].shape[1], rows, run.profile.distillation)[1]
-            trained.load_state_dict(load_tensors(file))
-            with torch.no_grad():
-                features = [f[test] for f in knowledge.features]
-                distances = trained.distances(outputs["features"][test], features, edges.consensus[-1][test])
-            figure, axes = plt.subplots(figsize=(5.4, 4.6))
-            plots.plot_representation_graph(trained.to_networkx(edges.pairs[-1], distances), axes)
-            save("representation_graph", figure)
-
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-        plots.plot_edges_over_training(edges.teachers[:, rows].mean(1).numpy(), knowledge.teachers, left)
-        left.set_title(
-            f"teachers: effective number {effective_number(edges.teachers[-1][rows]).mean():.1f} of {len(knowledge.teachers)}",
-            loc="left",
-            pad=24,
-        )
-        plots.plot_edges_over_training(edges.pairs.numpy(), representation_graph.names, right)
-        right.set_title(
-            f"pairs: effective number {effective_number(edges.pairs[-1]):.1f} of {len(representation_graph.pairs)}", loc="left", pad=24
-        )
-        for ax in (left, right):
-            ax.set_xlabel("moment of the training")
-        save("edge_weights", figure)
-
-        best = max(range(len(knowledge.teachers)), key=lambda k: float(edges.teachers[-1][rows, k].mean()))
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
-        plots.plot_embedding(plots.embed(knowledge.features[best][test].numpy()), videos.labels[test], videos.label_names, left)
-        left.set_title(f"teacher: {knowledge.teachers[best]}")
-        plots.plot_embedding(plots.embed(outputs["features"][test].numpy()), videos.labels[test], videos.label_names, right)
-        right.set_title(f"student: {plots.METHOD_NAMES.get(shown, shown)}")
-        save("embeddings", figure)
-
-        summary = load_json(run.folder / "summary.json")
-        metrics = [
-            {"seed": m["seed"], "accuracy": m["accuracy"], "method": m["name"] if m["kind"] == "student" else f"teacher:{m['name']}"}
-            for m in run.metrics()
-        ]
-        figure, axes = plt.subplots(figsize=(6.4, 4.4))
-        plots.plot_accuracy(metrics, axes, chance=summary["baselines"]["chance"])
-        save("accuracy", figure)
-
-        found = scores(run)
-        tasks = run.profile.teachers.tasks
-        points = [{"name": t, "kind": "teacher", "accuracy": mean(found["teacher", t]), **summary["teacher"][t]} for t in tasks]
-        compared = [m for m in ("labels", shown) if ("student", m) in found]
-        points += [{"name": m, "kind": "student", "accuracy": mean(found["student", m]), **summary["student"]} for m in compared]
-        figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
-        for ax, x in zip(axes, ("latency_ms", "params", "gflops"), strict=True):
-            plots.plot_tradeoff(points, x, ax)
-        save("tradeoff", figure)
+        for name, draw in FIGURES.items():
+            if figure := draw(look):
+                written += plots.save_figure(figure, out, name)
+                plt.close(figure)
     return written

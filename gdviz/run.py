@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from gdviz.artefacts import UserError, atomic, fingerprint, from_plain, load_json, load_tensors, plain, save_json, save_jsonl, save_tensors
 from gdviz.config import Profile
 from gdviz.data.videos import VideoSet, load_folder, load_motion
-from gdviz.distill import GRAPHS, distill
+from gdviz.distill import distill, methods_of
 from gdviz.edges import Edges, learn_edges
 from gdviz.evaluate import accuracy, calibration_error, footprint, shortcut_baselines
 from gdviz.knowledge import Knowledge, build_graphs, gather
@@ -41,7 +41,7 @@ from gdviz.parallel import over_processes
 from gdviz.pretext import TASKS
 from gdviz.teachers import TeacherOutputs, outputs_of, predict, pretrain
 
-VERSION = 2  # raise when results change: folders of older code are then refused
+VERSION = 3  # raise when results change: folders of older code are then refused
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Run:
     def videos(self, workers: int = 1) -> VideoSet:
         if self.data is None:
             return load_motion(self.profile.motion, self.profile.view, self.cache, workers=workers)
-        return load_folder(self.data, self.profile.view, self.cache / "cache", workers=workers)
+        return load_folder(self.data, self.profile.view, self.cache / "cache", workers=max(2, workers))  # files of others may kill a reader
 
     def teacher_folder(self, seed: int, task: str) -> Path:
         return self.folder / f"seed{seed}" / "teachers" / task
@@ -201,7 +201,7 @@ def claim_folder(run: Run, videos: VideoSet | None = None) -> None:
 def check_names(profile: Profile) -> None:
     """Raises UserError for a task, backbone or method that nothing answers to, or a clip that fits no video: before any work."""
     teachers, distillation, view = profile.teachers, profile.distillation, profile.view
-    known = {"--teachers.tasks": list(TASKS), "--methods": [*GRAPHS, "kd-uniform", "kd-best", *(f"kd-{t}" for t in teachers.tasks)]}
+    known = {"--teachers.tasks": list(TASKS), "--methods": methods_of(teachers.tasks)}
     for flag, names in {"--teachers.tasks": teachers.tasks, "--methods": profile.methods}.items():
         for name in names:
             if name not in known[flag]:

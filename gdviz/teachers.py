@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from gdviz.data.sampling import augment, clips_of, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
-from gdviz.training import train
+from gdviz.training import Bookkeeping, train
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def pretrain(
     *,
     seed: int,
     device: str = "cpu",
-    checkpoint: Path | None = None,
-    progress: str | None = None,
+    **bookkeeping: Unpack[Bookkeeping],
 ) -> tuple[Backbone, nn.Module, list[dict[str, float]]]:
     """Trains a backbone on a pretext task over all training videos, labels unseen.
 
@@ -75,7 +74,7 @@ def pretrain(
         return loss, {task.metric: metric}
 
     rows = videos.training_rows
-    history = train(both, step, rows, cfg.pretrain, seed=seed, checkpoint=checkpoint, progress=progress)
+    history = train(both, step, rows, cfg.pretrain, seed=seed, **bookkeeping)
     return backbone, task, history
 
 
@@ -95,11 +94,17 @@ def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule
 
 @torch.no_grad()
 def predict(model: Classifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of the centred clips of ``rows``."""
+    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video."""
     model.eval()
     device = device_of(model)
-    out = [model(clips_of(videos.batch(part).to(device), view.length, view.stride)) for part in rows.split(batch)]
-    logits, features = (torch.cat(parts).float().cpu() for parts in zip(*out, strict=True))
+    places = torch.linspace(0, 1, view.clips).tolist() if view.clips > 1 else [0.5]
+
+    def average(part: Tensor) -> list[Tensor]:
+        frames = videos.batch(part).to(device)
+        seen = [model(clips_of(frames, view.length, view.stride, place=place)) for place in places]
+        return [torch.stack(outputs).mean(0) for outputs in zip(*seen, strict=True)]
+
+    logits, features = (torch.cat(parts).float().cpu() for parts in zip(*map(average, rows.split(batch)), strict=True))
     return logits, features
 
 

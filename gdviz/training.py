@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,6 +19,13 @@ from gdviz.config import Schedule
 # What a step returns: the loss to descend and numbers to log.
 Step = Callable[[Tensor, Generator], tuple[Tensor, dict[str, Tensor | float]]]
 SAVE_EVERY_S = 5.0
+
+
+class Bookkeeping(TypedDict, total=False):
+    """What a caller of a training hands on to :func:`train`."""
+
+    checkpoint: Path | None
+    progress: str | None
 
 
 def learning_rate(schedule: Schedule, done: float) -> float:
@@ -57,7 +65,7 @@ def train(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    optimiser = torch.optim.AdamW(module.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
     history: list[dict[str, float]] = []
     if checkpoint is not None and checkpoint.exists():
         state = load_checkpoint(checkpoint)

@@ -155,7 +155,7 @@ class EdgeExplorer(Explorer):
         self, probs: Float[Tensor, "clips teachers classes"], labels: Int[Tensor, " clips"], names: Sequence[str], cost: Tensor
     ) -> None:
         self.probs, self.labels, self.cost, self.graph = probs, labels, cost, LogitsGraph(names, cost)
-        # Evidence is linear in alpha: solved once at both ends.
+        # Evidence is linear in alpha: found once at both ends.
         self.agreement, self.truth = (graphs.evidence(probs, labels, cost, alpha=alpha) for alpha in (0.0, 1.0))
         super().__init__(
             eta=_log_slider("temperature eta", 0.1, 0.01, 10),
@@ -167,7 +167,7 @@ class EdgeExplorer(Explorer):
     def weights(self, eta: float, alpha: float, prior: float, floor: float) -> Float[Tensor, "clips teachers"]:
         """``softmax(prior log prior_k - c_nk / eta)`` with the floor, ``[N, K]``."""
         c = alpha * self.truth + (1 - alpha) * self.agreement
-        log_prior = prior * graphs.teacher_prior(self.probs, self.labels, self.cost, eta)
+        log_prior = prior * graphs.teacher_prior(self.probs, self.labels, self.cost)
         return graphs.closed_form(c, eta=eta, log_prior=log_prior, floor=floor)
 
     @plots.style()
@@ -214,11 +214,9 @@ class BandwidthExplorer(Explorer):
         """Kernels ``[3, N, N]`` (teachers, student, across), the MMD² and the length of its gradient."""
         h = self.student.clone().requires_grad_()
         x, s = ([v[k] for k in pair] for v in (self.teachers, self.graph.student_vectors(h)))
-        tt, ss, ts = (kernels.gram(a[0], b[0]) * kernels.gram(a[1], b[1]) for a, b in ((x, x), (s, s), (x, s)))
-        t, d = tt.diagonal(), ss.diagonal()
-        d2 = [kernels.squared_distances(*of) for of in ((t, t, tt), (d, d, ss), (t, d, ts))]
-        k = torch.stack([kernels.gaussian_kernel(of, multiple * kernels.median_bandwidth(d2[0])) for of in d2])
-        o = kernels.label_pair_weights(self.labels, self.graph.mu, len(h), tt)
+        grams = [kernels.gram(a[0], b[0]) * kernels.gram(a[1], b[1]) for a, b in ((x, x), (s, s), (x, s))]
+        k = torch.stack(kernels.gaussian_kernels(*grams, multiple))
+        o = kernels.label_pair_weights(self.labels, self.graph.mu, len(h), k)
         value = kernels.mmd2(*k, pair_weights=o, paired=self.graph.paired)
         (gradient,) = torch.autograd.grad(value, h)
         return k.detach(), value.item(), gradient.norm().item()

@@ -91,3 +91,9 @@ def ut_interaction() -> Path:
 @pytest.fixture(scope="session")
 def peer_clips() -> Path:
     return _shared_video("peer_clips")
+
+
+@pytest.fixture(scope="session")
+def official() -> Path:
+    """A folder that holds ``splits``, the official lists, and ``ucf101_layout``, a few clips in their place."""
+    return _shared_video("splits").parent

@@ -129,6 +129,35 @@ def test_only_damaged_videos_left(gdviz, tmp_path, video_folder):
     assert not (tmp_path / "run").exists()
 
 
+def test_data_check_says_what_is_there_and_what_cannot_be_read(gdviz, tmp_path, video_folder):
+    root = video_folder(count=3)
+    code, text = gdviz("data", "check", root)
+    assert (code, text.split()) == (0, ["a:", "3", "videos", "b:", "3", "videos"])
+    (root / "a" / "a1.mp4").write_bytes(b"nothing")
+    code, text = gdviz("data", "check", root, "--verify", "--cache", "cache", "--csv", "list.csv")
+    assert code == 1
+    assert f"refused {root}/a/a1.mp4: cannot be decoded" in text
+    assert "5 of 6 videos can be read" in text
+    assert len((tmp_path / "list.csv").read_text().splitlines()) == 7
+    (root / "classInd.txt").write_text("1 a\r\n2 b\r\n")
+    for part, i in (("train", 0), ("test", 9)):
+        (root / f"{part}list01.txt").write_text(f"a/a{i}.mp4 1\r\nb/b{i}.mp4 2\r\n")
+    code, text = gdviz("data", "check", root)
+    assert code == 1
+    for words in (
+        "UCF101: 2 of 4 videos, 2 classes",
+        "train: 2 of 2",
+        "test: 0 of 2; missing a9.mp4",
+        "https://www.crcv.ucf.edu",
+        "terms: ",
+    ):
+        assert words in text
+    assert "--split 4: choose 1, 2 or 3" in complaint(gdviz("data", "check", root, "--split", "4"))
+    assert "nowhere: no such folder" in complaint(gdviz("data", "check", "nowhere"))
+    assert "--lists videos/a: holds the lists of none" in complaint(gdviz("data", "check", root, "--lists", "videos/a"))
+    assert "unknown" in complaint(gdviz("data", "get"))
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(gdviz, tmp_path, finished, monkeypatch):
     words = ("run", "--methods", "labels", "--out", "run", "--cache", finished.cache, "--workers", "1")
     for broken in (1, 3, 5):  # the run's configuration, its environment, a teacher

@@ -1,6 +1,7 @@
 """A run is the same run however often it is started, killed or starved; and no hidden label reaches it."""
 
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -19,8 +20,9 @@ from gdviz import run as runs
 from gdviz import training
 from gdviz.artefacts import UserError, load_json, load_tensors
 from gdviz.config import Profile
-from gdviz.distill import distill
+from gdviz.distill import BASELINES, distill, kd_weights
 from gdviz.edges import learn_edges
+from gdviz.graphs import POLICIES, LogitsGraph, RepresentationGraph
 from gdviz.knowledge import build_graphs, gather
 from gdviz.run import Run, execute, open_run
 from gdviz.teachers import outputs_of, pretrain
@@ -162,6 +164,33 @@ def test_hidden_labels_change_nothing(finished):
     student, _ = distill("both-graphs", knowledge, edges, lying, cfg.view, cfg.distillation, seed=0)
     for key, value in load_tensors(finished.student_folder(0, "both-graphs") / "student.safetensors").items():
         assert torch.equal(value, student.classifier.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("method", [*BASELINES, *(f"kd-{name}" for name in ("learned", *POLICIES, *TINY.teachers.tasks))])
+def test_every_baseline_trains(finished, method):
+    """One epoch of a loss that is finite, reaches the student's features and changes what it learns."""
+    runs.check_names(replace(TINY, methods=(method,)))
+    videos = finished.videos()
+    cfg = replace(TINY.distillation, schedule=replace(TINY.distillation.schedule, epochs=1, min_steps=1))
+    knowledge, edges = finished.knowledge(0, videos), finished.edges(0)
+    trained, history = distill(method, knowledge, edges, videos, TINY.view, cfg, seed=0)
+    plain, _ = distill("labels", knowledge, edges, videos, TINY.view, cfg, seed=0)
+    (name,) = trained.balance.scales
+    assert name == ("baseline" if method in BASELINES else "kd")
+    assert math.isfinite(history[0][name]) and getattr(trained.balance, f"norm_{name}") > 0
+    assert not torch.equal(trained.classifier.fc.weight, plain.classifier.fc.weight)
+
+
+def test_kd_from_one_teacher_is_what_a_weight_of_one_says(finished):
+    videos = finished.videos()
+    knowledge, edges, rows = finished.knowledge(0, videos), finished.edges(0), torch.arange(5)
+    best = knowledge.teachers.index(knowledge.best_teacher())
+    weights = kd_weights("best", knowledge, edges, knowledge.probs())(rows, 0, torch.zeros(0))
+    assert torch.equal(weights, torch.eye(2)[best].expand(5, 2))
+    learned = kd_weights("learned", knowledge, edges, knowledge.probs())(rows, 1, torch.zeros(0))
+    assert torch.equal(learned, edges.teachers[1, :5])
+    with pytest.raises(ValueError, match=r"unknown method 'kd-best-of-all': choose from labels.*fitnets.*kd-camkd"):
+        distill("kd-best-of-all", knowledge, edges, videos, TINY.view, TINY.distillation, seed=0)
 
 
 def outputs(run: Run) -> runs.TeacherOutputs:
@@ -311,3 +340,29 @@ def test_real_videos_go_through(ut_interaction, tmp_path):
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == {str(i) for i in range(1, 11)}
     assert len(list((tmp_path / "run" / "figures").glob("*.pdf"))) >= 4
+
+
+def test_a_student_hears_the_edges_of_the_moment(finished, monkeypatch):
+    videos = finished.videos()
+    knowledge, edges = finished.knowledge(0, videos), finished.edges(0)
+    moments = len(edges.teachers)
+    # every moment listens to another teacher, and pairs tell the moment
+    teachers = torch.eye(len(knowledge.teachers))[torch.arange(moments) % 2][:, None].expand_as(edges.teachers)
+    edges = replace(edges, teachers=teachers, pairs=torch.arange(moments).float()[:, None].expand_as(edges.pairs))
+    heard, real = {"logits": [], "pairs": []}, (LogitsGraph.loss, RepresentationGraph.loss)
+
+    def logits_loss(self, z, probs, weights, consensus):
+        heard["logits"].append(weights)
+        return real[0](self, z, probs, weights, consensus)
+
+    def pairs_loss(self, h, features, labels, weights):
+        heard["pairs"].append(int(weights[0]))
+        return real[1](self, h, features, labels, weights)
+
+    monkeypatch.setattr(LogitsGraph, "loss", logits_loss)
+    monkeypatch.setattr(RepresentationGraph, "loss", pairs_loss)
+    cfg = replace(TINY.distillation, schedule=replace(TINY.distillation.schedule, epochs=moments))
+    distill("both-graphs", knowledge, edges, videos, TINY.view, cfg, seed=0)
+    assert heard["pairs"] == sorted(heard["pairs"]) and set(heard["pairs"]) == set(range(moments))
+    for moment, weights in zip(heard["pairs"], heard["logits"], strict=True):
+        assert (weights == teachers[moment, 0]).all()

@@ -9,10 +9,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Generator, nn
 
-from gdviz import artefacts, training
+from gdviz import artefacts, teachers, training
 from gdviz.artefacts import UserError, load_checkpoint, load_json, load_tensors, save_checkpoint, save_json, save_tensors
-from gdviz.config import Schedule
-from gdviz.teachers import calibration_temperature, folds_of
+from gdviz.config import Schedule, Teachers, View
+from gdviz.data.sampling import clips_of
+from gdviz.distill import _Balance
+from gdviz.models import Classifier, build_backbone
+from gdviz.teachers import calibration_temperature, folds_of, predict
 from gdviz.training import learning_rate, train
 
 PLAN = Schedule(epochs=6, batch=8, lr=1e-2)
@@ -61,33 +64,24 @@ def test_resuming_is_exact(tmp_path, monkeypatch, at):
     assert not resumed.training
 
 
+def batches_of(rows, schedule):
+    """The rows of every step of a training."""
+    seen, weight = [], nn.Linear(1, 1)
+    train(weight, lambda picked, rng: seen.append(picked) or (weight.weight.sum(), {}), rows, schedule, seed=0)
+    return seen
+
+
 def test_batches_cover_the_rows_once_an_epoch():
-    seen = []
-
-    def step(rows, rng):
-        seen.append(rows)
-        return weight.weight.sum(), {}
-
-    weight = nn.Linear(1, 1)
-    train(weight, step, torch.arange(100, 140), Schedule(epochs=2, batch=8), seed=0)
+    seen = batches_of(torch.arange(100, 140), Schedule(epochs=2, batch=8))
     first, second = torch.cat(seen[:5]), torch.cat(seen[5:])
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(100, 140))
     assert not torch.equal(first, second)
-    seen.clear()
-    train(weight, step, torch.arange(5), Schedule(epochs=1, batch=8, min_steps=1), seed=0)
-    assert [len(rows) for rows in seen] == [5]
+    assert [len(rows) for rows in batches_of(torch.arange(5), Schedule(epochs=1, batch=8, min_steps=1))] == [5]
 
 
 def test_a_small_set_is_seen_again_within_an_epoch():
     """37 clips in batches of 32 would be one step an epoch: students of a small data set stayed at chance."""
-    seen = []
-
-    def step(rows, rng):
-        seen.append(rows)
-        return weight.weight.sum(), {}
-
-    weight = nn.Linear(1, 1)
-    train(weight, step, torch.arange(37), Schedule(epochs=1, batch=32, min_steps=20), seed=0)
+    seen = batches_of(torch.arange(37), Schedule(epochs=1, batch=32, min_steps=20))
     assert [len(rows) for rows in seen] == [32] * 20
     count = torch.cat(seen).bincount()
     assert count.min() >= 17 and count.max() <= 18
@@ -208,3 +202,61 @@ def test_calibration_undoes_overconfidence():
     labels = torch.distributions.Categorical(logits=logits).sample()
     assert float(calibration_temperature(3 * logits, labels)) == pytest.approx(3, rel=0.1)
     assert float(calibration_temperature(logits / 2, labels)) == pytest.approx(0.5, rel=0.1)
+
+
+class _Videos:
+    """Four videos of noise, in memory."""
+
+    frames = torch.randint(256, (4, 6, 8, 8, 3), dtype=torch.uint8, generator=Generator().manual_seed(0))
+
+    def batch(self, rows):
+        return self.frames[rows]
+
+
+def test_read_out_is_the_mean_over_clips_of_a_video():
+    torch.manual_seed(0)
+    model, rows = Classifier(build_backbone("tiny4"), 2).eval(), torch.arange(4)
+    logits, _ = predict(model, _Videos(), rows, View(length=2, stride=1, clips=3))
+    with torch.no_grad():
+        at = [model(clips_of(_Videos.frames, 2, 1, place=place))[0] for place in (0.0, 0.5, 1.0)]
+    assert not torch.allclose(at[0], at[2])
+    torch.testing.assert_close(logits, torch.stack(at).mean(0))
+
+
+def test_balance_gives_a_loss_its_share_of_the_gradient():
+    features = torch.tensor([1.0, 2.0], requires_grad=True)
+    balance = _Balance({"kd": 0.5})
+    ce, kd = (3 * features).sum(), (features**2).sum()
+    total = balance(ce, {"kd": kd}, features)
+    (share,) = torch.autograd.grad(total - ce, features)
+    assert share.norm().item() == pytest.approx(0.5 * 3 * 2**0.5)
+
+
+def test_no_labelled_clip_is_judged_by_a_teacher_that_saw_its_label(monkeypatch):
+    class Videos:
+        splits, groups = ("train",) * 9 + ("test",) * 3, tuple("abcdefghijkl")
+        labels = torch.arange(12) % 3
+
+        def rows(self, split):
+            return torch.tensor([i for i, s in enumerate(self.splits) if s == split])
+
+    def knows(fitted_on, videos, rows, view):
+        seen = torch.isin(rows, fitted_on).float()[:, None]
+        return seen.expand(-1, 3).clone(), seen
+
+    monkeypatch.setattr(teachers, "fit", lambda backbone, videos, rows, view, schedule, *, seed: rows)
+    monkeypatch.setattr(teachers, "predict", knows)
+    model, outputs = teachers.outputs_of(None, Videos(), Teachers(folds=3), View(), seed=0)
+    assert model.tolist() == list(range(9))  # the teacher itself is fitted on all
+    assert outputs.features[:9].all() and not outputs.features[9:].any()
+    assert not outputs.logits.any() and not outputs.held_features.any()
+    assert outputs.fold[9:].eq(-1).all() and sorted(outputs.fold[:9].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_standardising_network_does_not_see_light_and_contrast():
+    torch.manual_seed(0)
+    clips = torch.randn(2, 3, 4, 8, 8)
+    for name, blind in (("tiny4n", True), ("tiny4", False)):
+        backbone = build_backbone(name).eval()
+        relit = 3 * clips + torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1, 1)
+        assert torch.allclose(backbone(clips), backbone(relit), atol=1e-4) == blind
