@@ -63,8 +63,8 @@ class Teachers:
     """pretext tasks, one teacher each"""
     strides: tuple[int, ...] = (3, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
-    backbone: str = "tiny16"
-    pretrain: Schedule = Schedule(epochs=14, batch=32, min_steps=20)
+    backbone: str = "tiny16m"
+    pretrain: Schedule = Schedule(epochs=10, batch=32, min_steps=20)
     fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)
     """fitting on the labelled part"""
     folds: int = 3
@@ -96,7 +96,7 @@ class Distillation:
     """Training of the student through the graphs."""
 
     student: str = "tiny8n"
-    schedule: Schedule = Schedule(epochs=15, batch=32, lr=1e-2, min_steps=20)
+    schedule: Schedule = Schedule(epochs=24, batch=32, lr=1e-2, min_steps=20)
     labelled_batch: int = 8
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
     temperature: float = 1.0

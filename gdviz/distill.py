@@ -231,7 +231,7 @@ def distill(
 
     def on_epoch(epoch: int) -> dict[str, float]:
         progress = epoch / cfg.schedule.epochs
-        lesson.moment, student.balance.measuring = 0, epoch == 0
+        lesson.moment, student.balance.measuring = edges.at(progress), epoch == 0
         if "repr" in use:  # comes in over the first fifth of the training
             student.balance.ramps["repr"] = min(1.0, 5 * (progress + 1 / cfg.schedule.epochs))
         return {}
