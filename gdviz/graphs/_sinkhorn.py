@@ -202,22 +202,20 @@ def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: 
         else:
             log_u, log_v = torch.empty_like(p), torch.empty_like(p)
             error, iterations = torch.full_like(p[0], math.inf), 0
-        # What is so sharp that a cold start would wander, or overflowed, comes from a larger eps; so does what Newton's
-        # method leaves, which may stall where parts of a plan exchange next to nothing.
-        for stuck in (~(error + log_u.sum(0) + log_v.sum(0)).isfinite(), None):
-            again = (error > tol if stuck is None else stuck).nonzero().squeeze(1)
-            if len(again) and (stuck is not None or iterations < max_iter):
+        # First what is so sharp that a cold start would wander, or overflowed, then what Newton's method has left: from a larger eps.
+        for lost in (~(error + log_u.sum(0) + log_v.sum(0)).isfinite(), None):
+            lost = (error > tol if lost is None else lost).nonzero().squeeze(1)
+            if len(lost) and (iterations < max_iter or not error[lost].isfinite().all()):
                 with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-                    start = solve(p[:, again].mT.to(given), q[:, again].mT.to(given), cost, 3 * eps, 1e-3, max_iter).g
-                log_v[:, again], error[again] = start.to(dtype).mT / eps_abs, math.inf
+                    start = solve(p[:, lost].mT.to(given), q[:, lost].mT.to(given), cost, 3 * eps, 1e-3, max_iter).g
+                log_v[:, lost], error[lost] = start.to(dtype).mT / eps_abs, math.inf
                 iterations = min(iterations, max_iter - 1)
-            # it may stall in one potential and not in the other, where classes of one marginal are all but empty
+            # Newton's method may stall in one potential and not in the other, where classes of one marginal are all but empty.
             for rows_of, columns_of, log_r, log_c in (p, q, log_u, log_v), (q, p, log_v, log_u):
                 slow, taken = (error > tol).nonzero().squeeze(1), 0
-                steps = min(max_iter - iterations, NEWTON_STEPS)
-                for part in slow.split(max(1, CHUNK // log_kernel.numel())) if steps > 0 and len(slow) else ():
+                for part in slow.split(max(1, CHUNK // log_kernel.numel())) if iterations < max_iter and len(slow) else ():
                     late = [x[:, part].to(double(a.device)) for x in (rows_of, columns_of, log_c)]
-                    *ends, count = newton(late[0], late[1], log_kernel.to(late[0]), late[2], tol, steps)
+                    *ends, count = newton(*late[:2], log_kernel.to(late[0]), late[2], tol, min(max_iter - iterations, NEWTON_STEPS))
                     log_r[:, part], log_c[:, part], error[part] = (x.to(dtype) for x in ends)
                     taken = max(taken, count)
                 iterations += taken
