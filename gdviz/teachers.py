@@ -17,6 +17,7 @@ from gdviz.data.sampling import augment, clips_of, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
+from gdviz.tap import TappedClassifier
 from gdviz.training import Bookkeeping, train
 
 
@@ -78,8 +79,21 @@ def pretrain(
     return backbone, task, history
 
 
-def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule: Schedule, *, seed: int) -> Classifier:
-    """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``."""
+def fit(
+    backbone: Backbone | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, schedule: Schedule, *, seed: int
+) -> Classifier | TappedClassifier:
+    """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``; one that has its classes stays as it is.
+
+    Raises:
+        ValueError: such a one answers in another number of classes.
+    """
+    if isinstance(backbone, TappedClassifier):
+        answers = predict(backbone, videos, rows[:1], view)[0].shape[1]
+        if answers != len(videos.label_names):
+            raise ValueError(
+                f"logits={backbone.logits!r}: {answers} classes, but the data has {len(videos.label_names)}; tap features only"
+            )
+        return backbone
     torch.manual_seed(seed)
     device = device_of(backbone)
     model = Classifier(copy.deepcopy(backbone), len(videos.label_names)).to(device)
@@ -93,7 +107,7 @@ def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule
 
 
 @torch.no_grad()
-def predict(model: Classifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128) -> tuple[Tensor, Tensor]:
+def predict(model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128) -> tuple[Tensor, Tensor]:
     """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video."""
     model.eval()
     device = device_of(model)
@@ -131,7 +145,9 @@ def folds_of(labels: Tensor, groups: list[str], folds: int, seed: int) -> Tensor
     return fold
 
 
-def outputs_of(backbone: Backbone, videos: VideoSet, cfg: Teachers, view: View, *, seed: int) -> tuple[Classifier, TeacherOutputs]:
+def outputs_of(
+    backbone: Backbone | TappedClassifier, videos: VideoSet, cfg: Teachers, view: View, *, seed: int
+) -> tuple[Classifier | TappedClassifier, TeacherOutputs]:
     """Fits the teacher's head and reads it out on every video, labelled ones by cross-fitting."""
     train_rows = videos.rows("train")
     labels = videos.labels[train_rows]
