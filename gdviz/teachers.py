@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gdviz.config import Schedule, Teachers, View
-from gdviz.data.sampling import augment, clips_of, to_float
+from gdviz.data.sampling import augment, clips_of, multi_views, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
@@ -107,15 +107,16 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video."""
+def predict(
+    model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128, *, crops: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video and ``crops`` of each."""
     model.eval()
     device = device_of(model)
-    places = torch.linspace(0, 1, view.clips).tolist() if view.clips > 1 else [0.5]
 
     def average(part: Tensor) -> list[Tensor]:
         frames = videos.batch(part).to(device)
-        seen = [model(clips_of(frames, view.length, view.stride, place=place)) for place in places]
+        seen = [model(clips) for clips in multi_views(frames, view.length, view.stride, view.clips, crops)]
         return [torch.stack(outputs).mean(0) for outputs in zip(*seen, strict=True)]
 
     logits, features = (torch.cat(parts).float().cpu() for parts in zip(*map(average, rows.split(batch)), strict=True))

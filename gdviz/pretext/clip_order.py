@@ -18,7 +18,8 @@ class ClipOrder(nn.Module):
 
     As in the paper, features are concatenated pair by pair, ``g_ij = relu(W [f_i, f_j])``, and classified from all
     ``g_ij`` together, and the gaps are half a sub-clip. Ours: sub-clips are half a clip, so that three fit, and one
-    augmentation serves all three, so that nothing but motion tells them apart; no dropout.
+    augmentation serves all three, so that nothing but motion tells them apart; no dropout. On the embedded data, where all
+    motion is cyclic, a tiny16 was still at chance after 60 passes.
     """
 
     metric, chance = "accuracy", 1 / 6

@@ -15,7 +15,8 @@ class Rotation(nn.Module):
     """Classifies by how many quarter turns a whole clip was turned. Loss: cross-entropy. Metric: accuracy. Chance: 1/4.
 
     All four forms of a clip share a batch (Gidaris et al.), so that what is seen cannot answer, only how it stands.
-    Where the world has no up and down, as in the embedded data, there is nothing to learn.
+    Where the world has no up and down there is little to learn: on the embedded data a tiny16 was right on 0.35 of its
+    training clips after 60 passes.
     """
 
     metric, chance = "accuracy", 1 / 4
