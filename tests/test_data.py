@@ -319,6 +319,9 @@ def test_testing_sees_ten_clips_in_three_crops():
     assert len(set(tall)) == 1  # of a tall video the crops move down: what were its rows stay
     dense = [int((v[0, 0, 0, 0, 0] * 0.25 + 0.5) * 255 + 0.5) for v in multi_views(video, 4, 2, None, 1)]
     assert dense == list(range(34))
+    for count in range(2, 90):  # every start once, however it is rounded
+        ramp = torch.arange(count).byte().view(1, -1, 1, 1, 1).expand(-1, -1, -1, -1, 3)
+        assert len({float(v[0, 0, 0]) for v in multi_views(ramp, 1, 1, None, 1)}) == count
     (whole,) = multi_views(video[:, :, :, :8], 4, 2, 1, 1)
     assert torch.equal(whole, sample_clips(to_float(video[:, :, :, :8]), 4, 2))
     for bad in ({"crops": 0}, {"side": 9}):
