@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -88,6 +89,25 @@ def _scaled(logits: Tensor, labels: Tensor, test: Tensor) -> Tensor:
     return probs
 
 
+def _before_labels(run: Run, videos: VideoSet, seed: int, task: str) -> Tensor:
+    """Features of a teacher's backbone as the pretext task left it, for the labelled and the test videos."""
+    backbone = build_backbone(run.profile.teachers.backbone)
+    state = load_tensors(run.teacher_folder(seed, task) / "teacher.safetensors").items()
+    backbone.load_state_dict({k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")})
+    model = Classifier(backbone, len(videos.label_names)).to(run.device)  # its head is not used
+    rows, features = torch.cat([videos.rows("train"), videos.rows("test")]), torch.zeros(len(videos.splits), backbone.dim)
+    features[rows] = predict(model, videos, rows, run.profile.view_of(task))[1]
+    return features
+
+
+def _chance(labels: Tensor, truth: Tensor, ks: list[int]) -> dict[str, float]:
+    """What the largest class gives, and what neighbours drawn from the gallery's ``labels`` without looking do."""
+    most = truth.bincount().max().item() / len(truth)
+    alike = [int((labels == y).sum()) for y in truth]
+    hit = {f"R@{k}": 1 - mean(comb(len(labels) - m, k) / comb(len(labels), k) for m in alike) for k in ks}
+    return {"top-1": most, "probe": most, **hit}
+
+
 def evaluation(run: Run) -> str:
     """What the field reports of frozen features, and calibration, of a finished run's teachers and students, as text.
 
@@ -96,30 +116,26 @@ def evaluation(run: Run) -> str:
     temperature is fitted out of fold, a student's on the other half of the test part. Then top-1 by class.
     """
     videos = run.videos()
-    test, rows = videos.rows("test"), torch.cat([videos.rows("train"), videos.rows("test")])
+    train, test = videos.rows("train"), videos.rows("test")
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     by_class: dict[str, list[Tensor]] = defaultdict(list)
     for seed in run.profile.seeds:
         for task in run.profile.teachers.tasks:
-            folder = run.teacher_folder(seed, task)
-            outputs = TeacherOutputs(**load_tensors(folder / "outputs.safetensors"))
-            backbone = build_backbone(run.profile.teachers.backbone)
-            state = load_tensors(folder / "teacher.safetensors").items()
-            backbone.load_state_dict({k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")})
-            model = Classifier(backbone, len(videos.label_names)).to(run.device)  # its head is not used
-            features = torch.zeros(len(videos.splits), backbone.dim)
-            features[rows] = predict(model, videos, rows, run.profile.view_of(task))[1]
-            probs = torch.softmax(outputs.logits / outputs.temperature, 1)
-            found[f"teacher: {task}"].append(_measures(videos, outputs.logits, probs, features))
+            teacher = TeacherOutputs(**load_tensors(run.teacher_folder(seed, task) / "outputs.safetensors"))
+            probs = torch.softmax(teacher.logits / teacher.temperature, 1)
+            features = _before_labels(run, videos, seed, task)
+            found[f"teacher: {task}"].append(_measures(videos, teacher.logits, probs, features))
         for method in run.profile.methods:
             outputs = load_tensors(run.student_folder(seed, method) / "outputs.safetensors")
             probs = _scaled(outputs["logits"], videos.labels, test)
             found[f"student: {method}"].append(_measures(videos, outputs["logits"], probs, outputs["features"]))
             by_class[method].append(per_class_accuracy(outputs["logits"][test], videos.labels[test]))
     columns = list(next(iter(found.values()))[0])
+    ks = [int(name[2:]) for name in columns if name.startswith("R@")]
+    rows = {"chance": [_chance(videos.labels[train], videos.labels[test], ks)], **found}
     lines = [f"{'mean ± std over seeds, %':32}" + "".join(f"{name:>13}" for name in columns)]
-    for name, seeds in found.items():
-        lines.append(f"  {name:30}" + "".join(f"{_percent([row[column] for row in seeds]).strip():>13}" for column in columns))
+    for name, seeds in rows.items():
+        lines.append(f"  {name:30}" + "".join(f"{_percent([row[c] for row in seeds]).strip():>13}" for c in columns if c in seeds[0]))
     lines += ["", f"{'by class, mean over seeds, %':32}" + "".join(f"  {method}" for method in by_class)]
     for k, label in enumerate(videos.label_names):
         shares = (f"{100 * mean(float(seed[k]) for seed in seeds):{len(method) + 2}.1f}" for method, seeds in by_class.items())

@@ -71,6 +71,8 @@ def test_a_finished_run_is_evaluated(finished):
     lines = {line[:32].strip(): line[32:].split() for line in text.splitlines() if line}
     head = lines["mean ± std over seeds, %"]
     assert head == ["top-1", "probe", "R@1", "R@5", "R@10", "R@20", "ECE", "ECE", "scaled"]
+    chance = [1 - math.prod((44 - i) / (48 - i) for i in range(k)) for k in (1, 5, 10, 20)]  # four clips a class among 48
+    assert [float(x) for x in lines["chance"]] == pytest.approx([100 / 12, 100 / 12, *(100 * c for c in chance)], abs=0.051)
     for row in finished.metrics():
         values = [float(x) for x in lines[f"{row['kind']}: {row['name']}"]]
         assert len(values) == 8 and all(0 <= v <= 100 for v in values)
