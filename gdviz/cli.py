@@ -1,11 +1,11 @@
-"""The command line: ``gdviz run``, ``gdviz figures``, ``gdviz data check``. Flags come from the dataclasses in ``gdviz.config``."""
+"""The command line: ``gdviz run``, ``evaluate``, ``figures`` and ``data check``. Flags come from the dataclasses in ``gdviz.config``."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +19,10 @@ from gdviz.data.index import read_folder
 from gdviz.data.layouts import SOURCES, describe, read_official, save_list
 from gdviz.data.verified import verified
 from gdviz.parallel import WorkerDied
-from gdviz.report import draw_figures, table
+from gdviz.report import draw_figures, evaluation, table
 
 USAGE = """usage: gdviz run [--profile smoke|workshop|paper] [--data DIR] [--out DIR] [options]   (gdviz run --help lists them)
+       gdviz evaluate RUN                 linear probe, retrieval, calibration and accuracy by class of a finished run
        gdviz figures RUN [--out DIR]      draw the figures of a finished run again
        gdviz data check DIR [options]     what is there of a data set, what is missing, what cannot be read"""
 
@@ -50,6 +51,15 @@ class FigureArguments:
     run: tyro.conf.Positional[Path]
     out: Path | None = None
     """folder; by default figures/ in the run's"""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Prints linear probe, retrieval, calibration and accuracy by class of a finished run's teachers and students."""
+
+    run: tyro.conf.Positional[Path]
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, or auto"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,11 @@ def _figures(arguments: list[str]) -> None:
         print(path)
 
 
+def _evaluate(arguments: list[str]) -> None:
+    args = tyro.cli(EvaluateArguments, prog="gdviz evaluate", args=arguments)
+    print(evaluation(replace(runs.open_run(args.run), device=_device(args.device))))
+
+
 def _check(arguments: list[str]) -> None:
     args = tyro.cli(CheckArguments, prog="gdviz data check", args=arguments)
     if not args.folder.is_dir():
@@ -156,7 +171,7 @@ def _data(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    commands = {"run": _run, "figures": _figures, "data": _data}
+    commands = {"run": _run, "evaluate": _evaluate, "figures": _figures, "data": _data}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(USAGE)
         sys.exit(0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2)

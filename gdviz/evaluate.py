@@ -1,15 +1,17 @@
-"""What is measured: accuracy, calibration, latency and size, and the baselines that a data set must survive."""
+"""What is measured: accuracy, calibration, frozen features, latency and size, and the baselines that a data set must survive."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -23,6 +25,49 @@ from gdviz.data.videos import VideoSet
 def accuracy(logits: Float[Tensor, "n c"], labels: Tensor) -> float:
     """Share of rows whose largest logit is the label."""
     return (logits.argmax(1) == labels).float().mean().item()
+
+
+def per_class_accuracy(logits: Float[Tensor, "n c"], labels: Tensor) -> Float[Tensor, " c"]:
+    """Share of each class's rows whose largest logit is it; NaN for a class without rows."""
+    right = (logits.argmax(1) == labels).float()
+    return right.new_zeros(logits.shape[1]).index_add_(0, labels, right) / labels.bincount(minlength=logits.shape[1])
+
+
+def linear_probe(
+    features: Float[Tensor, "n d"], labels: Tensor, groups: Sequence[str], test_features: Float[Tensor, "m d"], test_labels: Tensor
+) -> float:
+    """Test accuracy of multinomial logistic regression on frozen, standardised features.
+
+    Its L2 penalty is the best of seven by cross-validation over ``features``; a group stays in one fold.
+
+    Raises:
+        ValueError: a class has one row only, or all rows are of one group.
+    """
+    folds = min(3, int(labels.bincount()[labels.unique()].min()), len(set(groups)))
+    if folds < 2:
+        raise ValueError("linear_probe: labels need two rows a class, in different groups")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    search = GridSearchCV(probe, {"logisticregression__C": [10.0**k for k in range(-5, 2)]}, cv=StratifiedGroupKFold(folds))
+    return float(search.fit(features, labels, groups=groups).score(test_features, test_labels))
+
+
+def retrieval(
+    gallery: Float[Tensor, "n d"],
+    gallery_labels: Tensor,
+    query: Float[Tensor, "m d"],
+    query_labels: Tensor,
+    ks: Sequence[int] = (1, 5, 10, 20),
+) -> dict[int, float]:
+    """R@k: share of queries with a clip of their class among their k nearest of the gallery, by cosine (Xu et al. 2019, section 4.4).
+
+    Raises:
+        ValueError: the gallery holds less than k clips.
+    """
+    if max(ks) > len(gallery):
+        raise ValueError(f"ks={tuple(ks)}: the gallery holds {len(gallery)} clips; ask for no more neighbours than that")
+    near = NearestNeighbors(n_neighbors=max(ks), metric="cosine", algorithm="brute").fit(gallery).kneighbors(query, return_distance=False)
+    hit = gallery_labels[torch.from_numpy(near)] == query_labels[:, None]  # (m, max k)
+    return {k: hit[:, :k].any(1).float().mean().item() for k in ks}
 
 
 def mean_average_precision(scores: Float[Tensor, "n c"], targets: Tensor) -> float:

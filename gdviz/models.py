@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 from torchvision.models import video as zoo
 
 
@@ -22,6 +24,18 @@ class Backbone(nn.Module):
 
     def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d"]:
         return self.maps(clips).mean((2, 3, 4))
+
+
+class Renormalise(nn.Module):
+    """Clips as this package scales them, ``(x - 0.5) / 0.25``, to ``(x - mean) / std`` of a colour: what foreign weights expect."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("scale", (0.25 / torch.tensor(std)).view(1, 3, 1, 1, 1))
+        self.register_buffer("shift", ((0.5 - torch.tensor(mean)) / torch.tensor(std)).view(1, 3, 1, 1, 1))
+
+    def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t h w"]:
+        return clips * self.scale + self.shift
 
 
 class Classifier(nn.Module):
@@ -90,24 +104,39 @@ def _tiny(width: int, sees: str) -> Backbone:
 ZOO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
 
 
+def _from_zoo(name: str, kinetics: bool) -> Backbone:
+    net = getattr(zoo, name)(weights=None)
+    if kinetics:
+        weights = get_model_weights(name).DEFAULT
+        try:
+            state = weights.get_state_dict(check_hash=True, progress=False)
+        except (OSError, RuntimeError) as error:
+            home = Path(torch.hub.get_dir()) / "checkpoints"
+            raise ValueError(f"cannot fetch {weights.url} ({error}); put that file into {home}, or take {name}, untrained") from error
+        if not next(net.parameters()).is_meta:  # there, only sizes are checked
+            net.load_state_dict(state)
+    stages = [net.features] if name == "s3d" else [net.stem, net.layer1, net.layer2, net.layer3, net.layer4]
+    scale = [Renormalise((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))] if kinetics else []
+    return Backbone(nn.Sequential(*scale, *stages), 1024 if name == "s3d" else 512)
+
+
 def build_backbone(name: str) -> Backbone:
-    """Builds an untrained backbone.
+    """Builds a backbone, untrained but for ``@kinetics``.
 
     Args:
-        name: one of torchvision's ``r3d_18``, ``mc3_18``, ``r2plus1d_18``, ``s3d``, or ``tinyW`` for a small
-            R(2+1)D of width W (``tiny8``, ``tiny16``), ``tinyWn`` for one that standardises every clip, ``tinyWm`` for
-            one that sees every clip less its mean frame.
+        name: one of torchvision's ``r3d_18``, ``mc3_18``, ``r2plus1d_18``, ``s3d``, with ``@kinetics`` after it for
+            torchvision's weights (supervised, Kinetics-400), or ``tinyW`` for a small R(2+1)D of width W (``tiny8``,
+            ``tiny16``), ``tinyWn`` for one that standardises every clip, ``tinyWm`` for one that sees it less its mean frame.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: unknown name, the message lists the known ones; or weights that are neither at hand nor to be had.
     """
+    base, _, weights = name.partition("@")
     if tiny := re.fullmatch(r"tiny(\d+)([nm]?)", name):
         backbone = _tiny(int(tiny[1]), tiny[2])
-    elif name == "s3d":
-        backbone = Backbone(zoo.s3d(weights=None).features, 1024)
-    elif name in ZOO:
-        net = getattr(zoo, name)(weights=None)
-        backbone = Backbone(nn.Sequential(net.stem, net.layer1, net.layer2, net.layer3, net.layer4), 512)
+    elif base in ZOO and weights in ("", "kinetics"):
+        backbone = _from_zoo(base, bool(weights))
     else:
-        raise ValueError(f"unknown backbone {name!r}: choose tinyW (tiny8, tiny16, ...), tinyWn, tinyWm or one of {', '.join(ZOO)}")
+        known = f"{', '.join(ZOO)}, with @kinetics for pretrained weights"
+        raise ValueError(f"unknown backbone {name!r}: choose tinyW (tiny8, tiny16, ...), tinyWn, tinyWm or one of {known}")
     return backbone.to(memory_format=torch.channels_last_3d)

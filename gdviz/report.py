@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -16,9 +17,12 @@ from gdviz import plots
 from gdviz.artefacts import load_json, load_tensors
 from gdviz.data.videos import VideoSet
 from gdviz.edges import Edges
+from gdviz.evaluate import accuracy, calibration_error, linear_probe, per_class_accuracy, retrieval
 from gdviz.graphs import LogitsGraph, RepresentationGraph, effective_number
 from gdviz.knowledge import Knowledge, build_graphs
+from gdviz.models import Classifier, build_backbone
 from gdviz.run import Run
+from gdviz.teachers import TeacherOutputs, calibration_temperature, predict
 
 
 def scores(run: Run) -> dict[tuple[str, str], list[float]]:
@@ -61,6 +65,81 @@ def table(run: Run) -> str:
         f"{ratio['params']:.1f} times smaller, {ratio['gflops']:.1f} times fewer FLOPs and {ratio['latency_ms']:.1f} times faster "
         "than the teachers together",
     ]
+    return "\n".join(lines)
+
+
+def _measures(videos: VideoSet, logits: Tensor, probs: Tensor, features: Tensor) -> dict[str, float]:
+    train, test = videos.rows("train"), videos.rows("test")
+    labels, truth, groups = videos.labels[train], videos.labels[test], [videos.groups[i] for i in train]
+    found = retrieval(features[train], labels, features[test], truth, [k for k in (1, 5, 10, 20) if k <= len(train)])
+    return {
+        "top-1": accuracy(logits[test], truth),
+        "probe": linear_probe(features[train], labels, groups, features[test], truth),
+        **{f"R@{k}": value for k, value in found.items()},
+        "ECE": calibration_error(torch.softmax(logits[test], 1), truth),
+        "ECE scaled": calibration_error(probs[test], truth),
+    }
+
+
+def _scaled(logits: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Probabilities of the test rows, every other one by the temperature that is best on the rest: no row judges itself."""
+    probs = torch.full_like(logits, torch.nan)
+    for half, rest in ((test[::2], test[1::2]), (test[1::2], test[::2])):
+        probs[half] = torch.softmax(logits[half] / calibration_temperature(logits[rest], labels[rest]), 1)
+    return probs
+
+
+def _before_labels(run: Run, videos: VideoSet, seed: int, task: str) -> Tensor:
+    """Features of a teacher's backbone as the pretext task left it, for the labelled and the test videos."""
+    backbone = build_backbone(run.profile.teachers.backbone)
+    state = load_tensors(run.teacher_folder(seed, task) / "teacher.safetensors").items()
+    backbone.load_state_dict({k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")})
+    model = Classifier(backbone, len(videos.label_names)).to(run.device)  # its head is not used
+    rows, features = torch.cat([videos.rows("train"), videos.rows("test")]), torch.zeros(len(videos.splits), backbone.dim)
+    features[rows] = predict(model, videos, rows, run.profile.view_of(task))[1]
+    return features
+
+
+def _chance(labels: Tensor, truth: Tensor, ks: list[int]) -> dict[str, float]:
+    """What the largest class gives, and what neighbours drawn from the gallery's ``labels`` without looking do."""
+    most = truth.bincount().max().item() / len(truth)
+    alike = [int((labels == y).sum()) for y in truth]
+    hit = {f"R@{k}": 1 - mean(comb(len(labels) - m, k) / comb(len(labels), k) for m in alike) for k in ks}
+    return {"top-1": most, "probe": most, **hit}
+
+
+def evaluation(run: Run) -> str:
+    """What the field reports of frozen features, and calibration, of a finished run's teachers and students, as text.
+
+    Probe and retrieval (gallery: labelled clips; queries: test clips) see of a teacher its backbone as the pretext task
+    left it, before any label, and of a student its features. ECE is before and after temperature scaling: a teacher's
+    temperature is fitted out of fold, a student's on the other half of the test part. Then top-1 by class.
+    """
+    videos = run.videos()
+    train, test = videos.rows("train"), videos.rows("test")
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    by_class: dict[str, list[Tensor]] = defaultdict(list)
+    for seed in run.profile.seeds:
+        for task in run.profile.teachers.tasks:
+            teacher = TeacherOutputs(**load_tensors(run.teacher_folder(seed, task) / "outputs.safetensors"))
+            probs = torch.softmax(teacher.logits / teacher.temperature, 1)
+            features = _before_labels(run, videos, seed, task)
+            found[f"teacher: {task}"].append(_measures(videos, teacher.logits, probs, features))
+        for method in run.profile.methods:
+            outputs = load_tensors(run.student_folder(seed, method) / "outputs.safetensors")
+            probs = _scaled(outputs["logits"], videos.labels, test)
+            found[f"student: {method}"].append(_measures(videos, outputs["logits"], probs, outputs["features"]))
+            by_class[method].append(per_class_accuracy(outputs["logits"][test], videos.labels[test]))
+    columns = list(next(iter(found.values()))[0])
+    ks = [int(name[2:]) for name in columns if name.startswith("R@")]
+    rows = {"chance": [_chance(videos.labels[train], videos.labels[test], ks)], **found}
+    lines = [f"{'mean ± std over seeds, %':32}" + "".join(f"{name:>13}" for name in columns)]
+    for name, seeds in rows.items():
+        lines.append(f"  {name:30}" + "".join(f"{_percent([row[c] for row in seeds]).strip():>13}" for c in columns if c in seeds[0]))
+    lines += ["", f"{'by class, mean over seeds, %':32}" + "".join(f"  {method}" for method in by_class)]
+    for k, label in enumerate(videos.label_names):
+        shares = (f"{100 * mean(float(seed[k]) for seed in seeds):{len(method) + 2}.1f}" for method, seeds in by_class.items())
+        lines.append(f"  {label:30}" + "".join(shares))
     return "\n".join(lines)
 
 

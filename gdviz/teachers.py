@@ -13,10 +13,11 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gdviz.config import Schedule, Teachers, View
-from gdviz.data.sampling import augment, clips_of, to_float
+from gdviz.data.sampling import augment, clips_of, multi_views, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
+from gdviz.tap import TappedClassifier
 from gdviz.training import Bookkeeping, train
 
 
@@ -78,8 +79,21 @@ def pretrain(
     return backbone, task, history
 
 
-def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule: Schedule, *, seed: int) -> Classifier:
-    """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``."""
+def fit(
+    backbone: Backbone | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, schedule: Schedule, *, seed: int
+) -> Classifier | TappedClassifier:
+    """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``; one that has its classes stays as it is.
+
+    Raises:
+        ValueError: such a one answers in another number of classes.
+    """
+    if isinstance(backbone, TappedClassifier):
+        answers = predict(backbone, videos, rows[:1], view)[0].shape[1]
+        if answers != len(videos.label_names):
+            raise ValueError(
+                f"logits={backbone.logits!r}: {answers} classes, but the data has {len(videos.label_names)}; tap features only"
+            )
+        return backbone
     torch.manual_seed(seed)
     device = device_of(backbone)
     model = Classifier(copy.deepcopy(backbone), len(videos.label_names)).to(device)
@@ -93,15 +107,16 @@ def fit(backbone: Backbone, videos: VideoSet, rows: Tensor, view: View, schedule
 
 
 @torch.no_grad()
-def predict(model: Classifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video."""
+def predict(
+    model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128, *, crops: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video and ``crops`` of each."""
     model.eval()
     device = device_of(model)
-    places = torch.linspace(0, 1, view.clips).tolist() if view.clips > 1 else [0.5]
 
     def average(part: Tensor) -> list[Tensor]:
         frames = videos.batch(part).to(device)
-        seen = [model(clips_of(frames, view.length, view.stride, place=place)) for place in places]
+        seen = [model(clips) for clips in multi_views(frames, view.length, view.stride, view.clips, crops)]
         return [torch.stack(outputs).mean(0) for outputs in zip(*seen, strict=True)]
 
     logits, features = (torch.cat(parts).float().cpu() for parts in zip(*map(average, rows.split(batch)), strict=True))
@@ -131,7 +146,9 @@ def folds_of(labels: Tensor, groups: list[str], folds: int, seed: int) -> Tensor
     return fold
 
 
-def outputs_of(backbone: Backbone, videos: VideoSet, cfg: Teachers, view: View, *, seed: int) -> tuple[Classifier, TeacherOutputs]:
+def outputs_of(
+    backbone: Backbone | TappedClassifier, videos: VideoSet, cfg: Teachers, view: View, *, seed: int
+) -> tuple[Classifier | TappedClassifier, TeacherOutputs]:
     """Fits the teacher's head and reads it out on every video, labelled ones by cross-fitting."""
     train_rows = videos.rows("train")
     labels = videos.labels[train_rows]

@@ -185,6 +185,8 @@ def test_foreign_folders_are_refused(gdviz, tmp_path, finished):
     assert "another configuration (profile differ)" in line
     assert "holds no run" in complaint(gdviz("figures", "mine"))
     assert "holds no run" in complaint(gdviz("figures", "nowhere"))
+    assert "holds no run" in complaint(gdviz("evaluate", "nowhere"))
+    assert "--device warp" in complaint(gdviz("evaluate", finished.folder, "--device", "warp"))
 
 
 def test_the_table_of_a_finished_run(gdviz, finished):

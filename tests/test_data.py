@@ -20,7 +20,7 @@ from gdviz.config import MotionData, View
 from gdviz.data import motion, videos
 from gdviz.data.index import Clip, read_clips, read_folder, split_by_group
 from gdviz.data.reader import DamagedVideo, read_square
-from gdviz.data.sampling import augment, sample_clips, to_float
+from gdviz.data.sampling import augment, multi_views, sample_clips, to_float
 from gdviz.evaluate import shortcut_baselines
 
 SMALL, VIEW = MotionData(labelled=2, unlabelled=1, test=1, size=32, frames=6), View(size=16, frames=6)
@@ -302,6 +302,33 @@ def test_a_damaged_cache_is_named(video_folder, tmp_path):
 
 
 # --- clips
+
+
+def test_testing_sees_ten_clips_in_three_crops():
+    """Pixels that hold their frame, row and column say where each view was taken."""
+    frame, row, column = torch.meshgrid(torch.arange(40), torch.arange(8), torch.arange(12), indexing="ij")
+    video = torch.stack([frame, row, column], -1).byte()[None]
+    views = [(v[0] * 0.25 + 0.5).mul(255).round().long() for v in multi_views(video, 4, 2)]
+    assert len(views) == 30
+    assert {tuple(view.shape) for view in views} == {(3, 4, 7, 7)}
+    assert [int(view[0, 0, 0, 0]) for view in views[::3]] == [33 * k // 9 for k in range(10)]  # 34 starts, first to last
+    assert all((view[0, :, 0, 0].diff() == 2).all() for view in views)
+    assert [int(view[2, 0, 0, 0]) for view in views[:3]] == [0, 2, 5]  # left, middle, right
+    assert len({int(view[1, 0, 0, 0]) for view in views}) == 1
+    tall = [(v[0, 1, 0, 0, 0] * 0.25 + 0.5).mul(255).round().item() for v in multi_views(video.mT.flip(-1).mT.transpose(2, 3), 4, 2, 1)]
+    assert len(set(tall)) == 1  # of a tall video the crops move down: what were its rows stay
+    dense = [int((v[0, 0, 0, 0, 0] * 0.25 + 0.5) * 255 + 0.5) for v in multi_views(video, 4, 2, None, 1)]
+    assert dense == list(range(34))
+    for count in range(2, 90):  # every start once, however it is rounded
+        ramp = torch.arange(count).byte().view(1, -1, 1, 1, 1).expand(-1, -1, -1, -1, 3)
+        assert len({float(v[0, 0, 0]) for v in multi_views(ramp, 1, 1, None, 1)}) == count
+    (whole,) = multi_views(video[:, :, :, :8], 4, 2, 1, 1)
+    assert torch.equal(whole, sample_clips(to_float(video[:, :, :, :8]), 4, 2))
+    for bad in ({"crops": 0}, {"side": 9}):
+        with pytest.raises(ValueError, match=rf"{next(iter(bad))}={next(iter(bad.values()))}.*needs"):
+            next(multi_views(video, 4, 2, **bad))
+    with pytest.raises(ValueError, match="41 frames does not fit"):
+        next(multi_views(video, 41, 1))
 
 
 def test_clips_hold_the_right_frames():

@@ -1,15 +1,15 @@
 """Pretext tasks: what they show is what they ask about, and a backbone learns from it."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Generator, nn
 
 from gdviz.models import build_backbone
-from gdviz.pretext import TASKS, coherence, order, pace, prediction, registration
+from gdviz.pretext import TASKS
 
-MODULES = {"order": order, "coherence": coherence, "registration": registration, "prediction": prediction, "pace": pace}
 LENGTH = 4
 each_task = pytest.mark.parametrize("name", TASKS)
 
@@ -17,8 +17,8 @@ each_task = pytest.mark.parametrize("name", TASKS)
 @pytest.fixture
 def bare(monkeypatch):
     """Views without augmentation, so that a pixel's value says where it came from."""
-    for module in MODULES.values():
-        monkeypatch.setattr(module, "augment", lambda clips, rng: clips)
+    for task in TASKS.values():
+        monkeypatch.setattr(sys.modules[task.__module__], "augment", lambda clips, rng, strength=1.0: clips)
 
 
 def numbered(count: int, frames: int = 12, size: int = 4) -> torch.Tensor:
@@ -46,9 +46,11 @@ def test_shapes_loss_and_gradient(name):
     rng = Generator().manual_seed(0)
     backbone, task = build(name)
     inputs, target = task.views(moving(rng, count=7), rng)
-    count = {"order": 8, "coherence": 12}.get(name, 7)  # two or three views of half of the batch, rounded up
-    assert inputs.shape == (count, 3, LENGTH, 16, 16)
-    assert target.shape == {"order": (8,), "coherence": (4,), "registration": (7, 4), "prediction": (7, 3, 16, 16)}.get(name, (7,))
+    several = {"order": 8, "coherence": 12, "contrast": 8, "rotation": 8}  # two to four views of a half or quarter, rounded up
+    count, length = {"clip-order": (21, LENGTH // 2)}.get(name, (several.get(name, 7), LENGTH))
+    assert inputs.shape == (count, 3, length, 16, 16)
+    maps = {"coherence": (4,), "registration": (7, 4), "prediction": (7, 3, 16, 16), "masked": (7, 4, LENGTH, 16, 16), "clip-order": (7,)}
+    assert target.shape == maps.get(name, (count,))
     loss, metric = task(backbone, inputs, target)
     assert loss.shape == metric.shape == ()
     assert loss.isfinite()
@@ -146,6 +148,126 @@ def test_registration_scores_the_right_answer_one_and_the_mean_zero():
         assert float(r2) == pytest.approx(score, abs=2e-2)
 
 
+@pytest.mark.usefixtures("bare")
+def test_clip_order_target_is_the_order_and_gaps_are_kept():
+    task = TASKS["clip-order"](8, 8, 1)
+    inputs, target = task.views(numbered(300, frames=20), Generator().manual_seed(0))
+    seen = inputs[:, 0, :, 0, 0].unflatten(0, (3, 300))  # (3, b, t)
+    assert (seen.diff(dim=2) == 1).all()
+    assert (seen // 100 == torch.arange(300)[:, None]).all()  # three sub-clips of one video
+    assert torch.equal(torch.tensor(task.orders)[target].T, seen[:, :, 0].argsort(0).argsort(0))
+    firsts = seen[:, :, 0].sort(0).values
+    assert (firsts.diff(dim=0) == 4 + 2).all()  # four frames, and a gap of two
+    assert target.bincount(minlength=6).min() > 30
+    with pytest.raises(ValueError, match=r"a clip of 16 frames does not fit a video of 15: lower"):
+        task.views(numbered(2, frames=15), Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("name", "length"), [("clip-order", 3), ("masked", 1)])
+def test_a_clip_too_short_for_a_task_is_refused(name, length):
+    with pytest.raises(ValueError, match=rf"length={length}: .*give"):
+        TASKS[name](8, length, 1)
+
+
+@pytest.mark.usefixtures("bare")
+def test_rotation_is_undone_by_its_target():
+    videos = moving(Generator().manual_seed(0), count=8)
+    inputs, target = TASKS["rotation"](8, LENGTH, 2).views(videos, Generator().manual_seed(0))
+    upright = torch.stack([clip.rot90(-int(k), (2, 3)) for clip, k in zip(inputs, target, strict=True)])
+    assert target.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert all(torch.equal(upright[:2], turned) for turned in upright.split(2))
+    assert len({tuple(clip.flatten()[:50].tolist()) for clip in inputs}) == 8
+
+
+@pytest.mark.usefixtures("bare")
+def test_contrast_pairs_two_clips_of_one_video_at_distances_that_fall_linearly():
+    inputs, partner = TASKS["contrast"](8, LENGTH, 2).views(numbered(4000), Generator().manual_seed(0))
+    frames = inputs[:, 0, :, 0, 0]
+    assert (frames.diff(dim=1) == 2).all()
+    assert torch.equal(frames // 100, frames[partner] // 100)
+    assert not (partner == torch.arange(4000)).any()
+    apart = (frames - frames[partner])[:2000, 0].abs().long().bincount(minlength=6)  # twelve frames leave starts 0 to 5
+    assert apart[1] > apart[2] > apart[3] > apart[4] > apart[5] > 0
+    assert apart[1] / apart[5] == pytest.approx(5, rel=0.4)
+
+
+def test_contrast_is_infonce():
+    """Brute force, clip by clip; right answers rank first, and the loss is near zero."""
+    task, z = TASKS["contrast"](8, LENGTH, 1), torch.randn(6, 8, generator=Generator().manual_seed(0))
+    task.project = nn.Identity()
+    partner, unit = torch.arange(6).roll(3), z / z.norm(dim=1, keepdim=True)
+    loss, ranked = task(lambda clips: clips, z, partner)
+    losses, wins = [], []
+    for i in range(6):
+        terms = {j: math.exp(float(unit[i] @ unit[j]) / 0.1) for j in range(6) if j != i}
+        losses.append(-math.log(terms[int(partner[i])] / sum(terms.values())))
+        wins += [terms[j] < terms[int(partner[i])] for j in terms if j != int(partner[i])]
+    assert float(loss) == pytest.approx(sum(losses) / 6, rel=1e-4)
+    assert float(ranked) == pytest.approx(sum(wins) / 24)
+    loss, ranked = task(lambda clips: clips, torch.eye(8)[:3].repeat(2, 1), partner)
+    assert float(ranked) == 1 and float(loss) < 1e-3
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("size", [16, 24, 36])
+def test_masked_pixels_are_invisible_and_tubes_hide_nine_cells_in_ten(size):
+    backbone, task = build("masked")
+    backbone.eval()
+    videos = moving(Generator().manual_seed(0), count=3, size=size)
+    inputs, target = task.views(videos, Generator().manual_seed(5))
+    whole, hidden = target[:, :3], target[:, 3:].expand(-1, 3, -1, -1, -1).bool()
+    assert torch.equal(hidden, hidden[:, :, :1].expand_as(hidden))  # tubes
+    assert torch.equal(inputs, torch.where(hidden, 0, whole))
+    assert hidden.float().mean() == pytest.approx(0.9, abs=0.06)
+    # Other pixels behind the same mask, in every frame the video has: the network sees the same.
+    other = torch.where(hidden[:, :, 0, None].movedim(1, 2), torch.randn_like(videos), videos)
+    again, changed = task.views(other, Generator().manual_seed(5))
+    assert not torch.equal(changed, target)
+    assert torch.equal(backbone.maps(again), backbone.maps(inputs))
+
+
+def test_masked_scores_the_right_cubes_one_and_flat_ones_zero():
+    class Answer(nn.Module):
+        def forward(self, maps):
+            return self.answer.flatten(1, 2)
+
+    backbone, task = build("masked")
+    inputs, target = task.views(torch.randn(4, 12, 3, 24, 24), Generator().manual_seed(0))
+    task.paint = Answer()
+    # By hand, cube by cube: frames 2a and 2a + 1, rows 3i to 3i + 2, columns 3j to 3j + 2, mean 0 and deviation 1.
+    cubes = target[:, :3].unfold(2, 2, 2).unfold(3, 3, 3).unfold(4, 3, 3)  # (b, 3, a, i, j, 2, 3, 3)
+    cubes = cubes.flatten(5)
+    right = ((cubes - cubes.mean(-1, keepdim=True)) / cubes.std(-1, correction=0, keepdim=True)).movedim(-1, 2)
+    for task.paint.answer, score in ((right, 1.0), (torch.zeros_like(right), 0.0)):
+        loss, explained = task(backbone, inputs, target)
+        assert float(explained) == pytest.approx(score, abs=1e-2)
+        assert float(loss) == pytest.approx(1 - score, abs=1e-2)
+    seen = ~target[:, 3, 0].unfold(1, 3, 3).unfold(2, 3, 3)[..., 0, 0].bool()  # (b, i, j)
+    task.paint.answer = right + 9 * seen[:, None, None, None]
+    assert float(task(backbone, inputs, target)[1]) == pytest.approx(1, abs=1e-2)  # what is visible is not asked
+
+
+@pytest.mark.parametrize("name", ["order", "coherence", "pace", "clip-order", "rotation", "contrast"])
+def test_without_training_or_anything_to_see_a_task_is_at_chance(name):
+    """Frames of pure noise: a metric above chance would come from the task itself."""
+    scores = []
+    for seed in range(12):
+        rng = Generator().manual_seed(seed)
+        backbone, task = build_backbone("tiny4"), TASKS[name](16, LENGTH, 2)
+        with torch.no_grad():
+            scores.append(float(task(backbone, *task.views(torch.randn(32, 12, 3, 16, 16, generator=rng), rng))[1]))
+    assert sum(scores) / 12 == pytest.approx(TASKS[name].chance, abs=0.08)
+
+
+@each_task
+def test_the_default_clip_fits(name):
+    """Eight frames of 24 x 24 pixels, out of 24, as profiles have it."""
+    rng = Generator().manual_seed(0)
+    backbone, task = build_backbone("tiny4"), TASKS[name](16, 8, 2)
+    loss, _ = task(backbone, *task.views(moving(rng, count=4, frames=24, size=24), rng))
+    assert loss.isfinite()
+
+
 @each_task
 @pytest.mark.usefixtures("bare")
 def test_a_backbone_learns_it(name):
@@ -154,11 +276,12 @@ def test_a_backbone_learns_it(name):
     backbone, task = build(name)
     optimiser = torch.optim.Adam([*backbone.parameters(), *task.parameters()], lr=1e-2)
     scores = []
-    for _ in range({"registration": 80, "coherence": 60}.get(name, 40)):
+    for _ in range({"registration": 80, "coherence": 60, "masked": 80}.get(name, 40)):
         loss, metric = task(backbone, *task.views(moving(rng), rng))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         scores.append(float(metric))
-    bar = {"order": 0.8, "coherence": 0.55, "registration": 0.25, "prediction": 0.5, "pace": 0.8}[name]
-    assert sum(scores[-10:]) / 10 > bar
+    bars = {"order": 0.8, "coherence": 0.55, "registration": 0.25, "prediction": 0.5, "pace": 0.8}
+    bars |= {"clip-order": 0.8, "rotation": 0.8, "contrast": 0.9, "masked": 0.1}
+    assert sum(scores[-10:]) / 10 > bars[name]

@@ -20,7 +20,7 @@ LAYERS = (
     ("artefacts", "parallel"),
     ("config",),
     ("graphs", "models", "losses"),
-    ("data",),
+    ("data", "tap"),
     ("pretext", "training"),
     ("teachers", "evaluate"),
     ("knowledge",),

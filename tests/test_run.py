@@ -24,6 +24,7 @@ from gdviz.distill import BASELINES, distill, kd_weights
 from gdviz.edges import learn_edges
 from gdviz.graphs import POLICIES, LogitsGraph, RepresentationGraph
 from gdviz.knowledge import build_graphs, gather
+from gdviz.pretext import TASKS
 from gdviz.run import Run, execute, open_run
 from gdviz.teachers import outputs_of, pretrain
 
@@ -245,6 +246,12 @@ BAD = {
     "clip": (vary("view", length=12), "--view.length 12"),
     "epochs": (vary("teachers", pretrain=replace(TINY.teachers.pretrain, epochs=0)), "--teachers.pretrain"),
 }
+
+
+def test_every_task_is_a_setting():
+    every = replace(TINY, teachers=replace(TINY.teachers, tasks=tuple(TASKS), strides=(1,) * len(TASKS)), methods=("kd-clip-order",))
+    every.check()
+    runs.check_names(every)
 
 
 @pytest.mark.parametrize(("profile", "message"), BAD.values(), ids=BAD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -53,6 +55,34 @@ def sample_clips(
 def clips_of(frames: Tensor, length: int, stride: int, rng: Generator | None = None, place: float = 0.5) -> Float[Tensor, "b 3 t h w"]:
     """``sample_clips(to_float(frames), ...)`` of raw frames [b, f, h, w, 3]; only those of the clip are converted."""
     return to_float(pick_frames(frames, length, stride, rng, place)).transpose(1, 2)
+
+
+def multi_views(
+    frames: Tensor, length: int, stride: int, clips: int | None = 10, crops: int = 3, side: int | None = None
+) -> Iterator[Float[Tensor, "b 3 t s s"]]:
+    """The clips of raw frames [b, f, h, w, 3] whose outputs are averaged in testing (Wang et al. 2018, non-local: 10 clips x 3 crops).
+
+    Args:
+        length, stride: frames of a clip, and from one to the next.
+        clips: starts, spread evenly over the video; None for every start that fits (dense).
+        crops: squares along the longer side, or along the rows of a square, from one end to the other; one is the middle.
+        side: of a crop, in pixels; by default the shorter side for one crop, and 7/8 of it for more (224 of 256).
+
+    Raises:
+        ValueError: less than one crop, or crops larger than the frames.
+    """
+    height, width = frames.shape[2:4]
+    side = side or (min(height, width) if crops == 1 else min(height, width) * 7 // 8)
+    if crops < 1 or side > min(height, width):
+        raise ValueError(f"crops={crops}, side={side}: needs one crop or more, within {height} x {width} pixels")
+    room = frames.shape[1] - 1 - min(stride, (frames.shape[1] - 1) // max(length - 1, 1)) * (length - 1)
+    dense = [min(1.0, (start + 0.5) / max(room, 1)) for start in range(room + 1)]  # + 0.5: starts are rounded down
+    for place in dense if clips is None else torch.linspace(0, 1, clips).tolist() if clips > 1 else [0.5]:
+        clip = clips_of(frames, length, stride, place=place)
+        for share in torch.linspace(0, 1, crops).tolist() if crops > 1 else [0.5]:
+            along, across = share if height > width else 0.5, share if height <= width else 0.5
+            top, left = round((height - side) * along), round((width - side) * across)
+            yield clip[..., top : top + side, left : left + side]
 
 
 def augment(clips: Float[Tensor, "b 3 t h w"], rng: Generator, strength: float = 1.0) -> Float[Tensor, "b 3 t h w"]:
