@@ -80,6 +80,7 @@ class _Keeper:
             self.saved = time.monotonic()
             self.took = self.saved - began
         if stop:
+            ranks.agreed(None)  # a launcher ends all ranks when one has ended, but the first may be saving still
             raise Stopped(stop)
 
 

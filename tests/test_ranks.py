@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -64,8 +63,33 @@ def test_one_process_changes_nothing():
         assert torch.equal(torch.rand(2, generator=rng.manual_seed(0)), torch.rand(2, generator=rng.manual_seed(0)))
 
 
-def files(folder: Path, pattern: str) -> int:
-    return len(list(folder.glob(f"seed0/{pattern}")))
+# No wait for edges, and TensorBoard's files tell that a training is under way.
+FLAGS = [
+    "--teachers.pretrain.epochs",
+    "60",
+    "--distillation.schedule.epochs",
+    "60",
+    "--distillation.edges.refreshes",
+    "3",
+    "--methods",
+    "labels",
+    "both-graphs",
+    "--tensorboard",
+]
+
+
+def under_way(run: Run, kind: str, process: subprocess.Popen) -> None:
+    """Waits for some epochs of a training."""
+    deadline = time.monotonic() + 900
+    while not any(file.stat().st_size > 1000 for file in run.folder.glob(f"seed0/{kind}/*/tensorboard/*")):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def finish(process: subprocess.Popen) -> None:
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -73,52 +97,42 @@ def calm(tmp_path_factory) -> dict[int, Run]:
     """Undisturbed runs of one process and of two ranks."""
     root = tmp_path_factory.mktemp("calm")
     runs = {1: Run(TINY, root / "one", cache=root / "data"), 2: Run(TINY, root / "two", cache=root / "data")}
-    for count, run in runs.items():
-        process = start(run, "--workers", "1", launch=TORCHRUN if count == 2 else (sys.executable,))
-        text, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, text[-3000:]
+    finish(start(runs[1], "--workers", "2", *FLAGS))
+    finish(start(runs[2], *FLAGS, launch=TORCHRUN))
     return runs
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-@pytest.mark.parametrize(("signum", "workers"), [(signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGTERM, "2")])
-def test_a_run_that_is_asked_to_stop_says_so_and_goes_on(calm, tmp_path, signum, workers):
+@pytest.mark.parametrize(
+    ("signum", "workers", "kind"), [(signal.SIGINT, 1, "students"), (signal.SIGTERM, 2, "teachers"), (signal.SIGTERM, "ranks", "students")]
+)
+def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on(calm, tmp_path, signum, workers, kind):
+    of_ranks = workers == "ranks"
     run = Run(TINY, tmp_path / "run", cache=calm[1].cache)
-    phases = {"teachers/*/pretrain.ckpt": 0, "edges-shuffled/result.json": 1}
-    for pattern, wanted in phases.items():
-        process = start(run, "--workers", workers)
-        while files(run.folder, "edges-shuffled/result.json") < wanted or not (run.folder / "environment.json").exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.02)
-        time.sleep(2.0)  # in the middle of a training
-        asked = time.monotonic()
-        os.kill(process.pid, signum)
-        text, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + signum, text[-3000:]
-        assert time.monotonic() - asked < 15
-        assert "gdviz: stopped; the same command goes on from here" in text and "Traceback" not in text
-        assert files(run.folder, "*/*/*.ckpt") > 0, pattern
-    process = start(run, "--workers", workers)
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text[-3000:]
-    assert_same_run(calm[1].folder, run.folder)
+    how = {"launch": TORCHRUN} if of_ranks else {}
+    flags = FLAGS if of_ranks else (*FLAGS, "--workers", str(workers))
+    process = start(run, *flags, **how)
+    under_way(run, kind, process)
+    asked = time.monotonic()
+    os.kill(process.pid, signum)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == (1 if of_ranks else 128 + signum), text[-3000:]  # torchrun has a code of its own
+    assert time.monotonic() - asked < 20
+    assert "gdviz: stopped; the same command goes on from here" in text
+    assert of_ranks or "Traceback" not in text
+    assert list(run.folder.glob(f"seed0/{kind}/*/*.ckpt"))
+    finish(start(run, *flags, **how))
+    assert_same_run(calm[2 if of_ranks else 1].folder, run.folder)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 def test_a_rank_that_is_killed_is_started_again(calm, tmp_path):
-    run = Run(TINY, tmp_path / "run", cache=calm[1].cache)
-    process, killed = start(run, launch=(*TORCHRUN, "--max-restarts", "3")), []
-    phases = {"teachers/*/pretrain.ckpt": 1, "edges/result.json": 0}
-    for (pattern, number), already in zip(phases.items(), (0, 1), strict=True):
-        while not files(run.folder, pattern) or len(killed) < already:
-            assert process.poll() is None, process.stdout.read()[-3000:]
-            time.sleep(0.02)
-        time.sleep(1.0)
-        workers = sorted(psutil.Process(process.pid).children(), key=lambda p: int(p.environ()["RANK"]))
-        workers[number].kill()
-        killed.append(workers[number].pid)
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text[-3000:]
+    run = Run(TINY, tmp_path / "run", cache=calm[2].cache)
+    process = start(run, *FLAGS, launch=(*TORCHRUN, "--max-restarts", "3"))
+    for kind, number in (("teachers", 1), ("students", 0)):
+        under_way(run, kind, process)
+        next(p for p in psutil.Process(process.pid).children() if p.environ()["RANK"] == str(number)).kill()
+    finish(process)
     assert_same_run(calm[2].folder, run.folder)
