@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -116,17 +117,21 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
-    """Module and optimiser state, nested as PyTorch nests it; read back with ``weights_only``."""
-    with atomic(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # what the zip writer raises on a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+    """Module and optimiser state, nested as PyTorch nests it, after its SHA-256; read back with ``weights_only``."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(hashlib.sha256(content.getbuffer()).digest())
+        file.write(content.getbuffer())
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Raises UserError when the file is damaged; never unpickles code."""
+    """Raises UserError when the file is damaged or not one of :func:`save_checkpoint`; never unpickles code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = Path(path).read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise ValueError("wrong checksum")
+        return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}); delete it to start that step again") from None
+        reason = str(error).splitlines()[0] if isinstance(error, OSError | ValueError) else type(error).__name__
+        raise UserError(f"{path} is damaged, or no checkpoint ({reason}); delete it to start that step again") from None

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
+from gdviz import ranks
 from gdviz import run as runs
 from gdviz.artefacts import UserError
 from gdviz.config import PROFILES, Profile
 from gdviz.data.index import read_folder
 from gdviz.data.layouts import SOURCES, describe, read_official, save_list
 from gdviz.data.verified import verified
-from gdviz.parallel import WorkerDied
+from gdviz.parallel import Stopped, WorkerDied
 from gdviz.report import draw_figures, evaluation, table
 
 USAGE = """usage: gdviz run [--profile smoke|workshop|paper] [--data DIR] [--out DIR] [options]   (gdviz run --help lists them)
@@ -42,6 +45,8 @@ class RunArguments:
     """processes; 0: one a core on a CPU, one on a GPU"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
+    tensorboard: bool = False
+    """log every training for TensorBoard, too: tensorboard --logdir DIR"""
 
 
 @dataclass(frozen=True)
@@ -110,14 +115,19 @@ def _device(name: str) -> str:
 def _run(arguments: list[str]) -> None:
     profile, rest = _profile(arguments)
     args = tyro.cli(RunArguments, prog="gdviz run", default=RunArguments(settings=profile), args=rest)
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: is not installed; pip install 'gdviz[tensorboard]'")
+    ranks.start(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = _device(args.device)
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: needs 0 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = args.workers or (1 if device != "cpu" else cores)
     folder = args.out or runs.default_folder(args.settings, args.data)
-    run = runs.Run(args.settings, folder, args.data, args.cache, device)
+    run = runs.Run(args.settings, folder, args.data, args.cache, device, args.tensorboard)
     runs.execute(run, workers=workers)
+    if not ranks.first():
+        return
     print(table(run))
     for path in draw_figures(run, folder / "figures"):
         if path.suffix == ".png":
@@ -170,17 +180,23 @@ def _data(arguments: list[str]) -> None:
     _check(arguments[1:])
 
 
+def _stop(signum: int, *_: object) -> None:
+    raise Stopped(signum)
+
+
 def main() -> None:
     commands = {"run": _run, "evaluate": _evaluate, "figures": _figures, "data": _data}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(USAGE)
         sys.exit(0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         commands[sys.argv[1]](sys.argv[2:])
     except (UserError, WorkerDied, ValueError, FloatingPointError) as error:
         sys.exit(f"gdviz: {error}")
-    except KeyboardInterrupt:
-        sys.exit("gdviz: interrupted; the same command goes on from here")
+    except KeyboardInterrupt as stop:
+        print("gdviz: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
 
 
 if __name__ == "__main__":

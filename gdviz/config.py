@@ -45,14 +45,27 @@ class View:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One training: AdamW, linear warm-up over a tenth, then a cosine to zero."""
+    """One training: AdamW, linear warm-up, then a cosine to zero; and how to compute it."""
 
     epochs: int
     batch: int = 64
+    """clips of a step, those of all processes together"""
     lr: float = 3e-3
     weight_decay: float = 1e-3
     min_steps: int = 5
     """steps of an epoch at least, over the same clips again: sixty videos are not learned in one step an epoch"""
+    warmup: float = 0.1
+    """share of the training over which the learning rate rises"""
+    clip: float = 0.0
+    """largest norm of a step's gradient; 0: any"""
+    ema: float = 0.0
+    """the result is a moving average of the weights with this decay; 0: the last weights"""
+    accumulate: int = 1
+    """parts of a batch computed one after another, which takes less memory; graph losses then see one part at a time"""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """of convolutions and matrix products, where lower than float32; graph losses keep float32"""
+    compile: bool = False
+    """compile the backbones; pays on GPUs"""
 
 
 @dataclass(frozen=True)
@@ -154,10 +167,12 @@ def _profiles() -> dict[str, Profile]:
         view=View(size=112, frames=64, length=16, stride=2),
         teachers=Teachers(
             backbone="r3d_18",
-            pretrain=Schedule(epochs=200, batch=64, lr=1e-3, weight_decay=0.05),
-            fit=Schedule(epochs=60, batch=32, lr=5e-4, weight_decay=0.05),
+            pretrain=Schedule(epochs=200, batch=64, lr=1e-3, weight_decay=0.05, clip=1.0, precision="bf16"),
+            fit=Schedule(epochs=60, batch=32, lr=5e-4, weight_decay=0.05, clip=1.0, precision="bf16"),
         ),
-        distillation=Distillation("tiny32n", Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02), labelled_batch=16),
+        distillation=Distillation(
+            "tiny32n", Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02, clip=1.0, precision="bf16"), labelled_batch=16
+        ),
     )
     return {"smoke": smoke, "workshop": workshop, "paper": paper}
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gdviz import ranks
 from gdviz.config import Distillation, View
 from gdviz.data.sampling import augment, clips_of
 from gdviz.data.videos import VideoSet
@@ -52,8 +53,8 @@ class Seen:
     bank: int  # how many clips the others were drawn from
     labels: Tensor  # (b,) true where known, else the teacher's
     temperature: float
-    student_to: nn.Linear  # d -> e
-    teacher_to: nn.Linear  # e -> e
+    student_to: nn.Linear | None  # d -> e
+    teacher_to: nn.Linear | None  # e -> e
 
 
 BASELINES: dict[str, Callable[[Seen], Tensor]] = {
@@ -63,6 +64,7 @@ BASELINES: dict[str, Callable[[Seen], Tensor]] = {
     "dkd": lambda s: decoupled_kd_loss(s.logits, s.teacher_logits, s.labels, s.temperature),
     "dist": lambda s: dist_loss(s.logits, s.teacher_logits, s.temperature),
 }
+LEARNED_ALONG = {"fitnets": ("student_to",), "crd": ("student_to", "teacher_to")}
 
 
 def methods_of(teachers: Sequence[str]) -> list[str]:
@@ -224,7 +226,8 @@ def distill(
     along: dict[str, nn.Module] = {"graph": representation_graph} if "repr" in use else {}
     if "baseline" in use:
         size = knowledge.features[knowledge.teachers.index(knowledge.best_teacher())].shape[1]
-        along = {"student_to": nn.Linear(classifier.backbone.dim, size), "teacher_to": nn.Linear(size, size)}
+        sizes = {"student_to": classifier.backbone.dim, "teacher_to": size}
+        along = {name: nn.Linear(sizes[name], size) for name in LEARNED_ALONG.get(method, ())}
     scales = dict.fromkeys(use, cfg.logits_scale) | ({"repr": cfg.representation_scale} if "repr" in use else {})
     student = Student(classifier, scales, **along).to(device)
     lesson = _Lesson(method, knowledge, edges, cfg, rows, student, logits_graph.to(device), device)
@@ -241,8 +244,10 @@ def distill(
         draw = labelled[torch.randint(len(labelled), (count + len(picked),), generator=rng)]
         picked = draw if method == "labels" else torch.cat([draw[:count], picked])
         supervised = len(picked) if method == "labels" else count
-        clips = augment(clips_of(videos.batch(picked).to(device), view.length, view.stride, rng), rng)
-        logits, features = classifier(clips)
+        with ranks.dealt(rng):
+            clips = augment(clips_of(videos.batch(ranks.deal(picked)).to(device), view.length, view.stride, rng), rng)
+        features = ranks.gather(classifier.backbone(clips))  # from here on every rank has the whole batch
+        logits = classifier.fc(features)
         ce = cross_entropy(logits[:supervised], videos.labels[picked[:supervised]].to(device))
         losses = {name: _LOSSES[name](lesson, picked, logits, features) for name in use}
         return student.balance(ce, losses, features), {"ce": ce, **losses}

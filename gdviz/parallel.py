@@ -8,18 +8,19 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+PATIENCE_S = 20.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -33,6 +34,37 @@ class Lost:
 
 class WorkerDied(Exception):
     """A worker process was killed; the message says what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The user (Ctrl-C) or the cluster (SIGTERM) wants an end; what was done is saved."""
+
+    def __init__(self, signum: int, *_: Any) -> None:
+        self.signum = signum
+
+
+@contextmanager
+def stops_noted() -> Iterator[Callable[[], int]]:
+    """Within, SIGTERM and Ctrl-C are noted only, for the caller to ask for and to stop where it can go on; a second one acts at once."""
+    noted, before = 0, {}
+
+    def note(signum: int, *_: Any) -> None:
+        nonlocal noted
+        noted = signum
+        signal.signal(signum, before.pop(signum))
+
+    if current_thread() is main_thread():
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        for signum in before:
+            signal.signal(signum, note)
+    try:
+        yield lambda: noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if noted:  # after the last time that it was asked for
+        signal.raise_signal(noted)
 
 
 def _die_with_parent() -> None:
@@ -49,7 +81,7 @@ def _serve(pipe: Connection, work: Callable[..., Any]) -> None:
     # Transport potentials of unlikely classes are denormal numbers, a hundred times slower than others.
     torch.set_flush_denormal(True)
     answer = None, None
-    with suppress(EOFError, ConnectionError):
+    with suppress(EOFError, ConnectionError, Stopped):
         while True:
             pipe.send(answer)
             job = pipe.recv()
@@ -138,6 +170,12 @@ def _results(
                     yield number, lost or result
         if failed:
             raise failed
+    except KeyboardInterrupt:
+        for worker in crew:
+            worker.process.terminate()
+        for worker in crew:
+            worker.end(PATIENCE_S)  # a training saves first
+        raise
     finally:
         for worker in crew:
             worker.end()
@@ -148,7 +186,7 @@ def over_processes(
     jobs: Sequence[tuple[Any, ...]],
     workers: int,
     *,
-    title: str,
+    title: str | None,
     unit: str = "job",
     timeout: float | None = None,
     each: Callable[[int, Any], None] = lambda number, result: None,
@@ -162,7 +200,7 @@ def over_processes(
         work: picklable.
         jobs: arguments of each call.
         workers: processes.
-        title: of the progress bar.
+        title: of the progress bar; None hides it.
         unit: of the progress bar.
         timeout: seconds that a job may take. With it, and ``workers`` > 1, a worker that dies or takes
             longer costs its own job only: `Lost` stands for the result. One that died is tried once
@@ -174,7 +212,7 @@ def over_processes(
     """
     results: dict[int, Any] = {}
     if workers == 1:
-        for number, job in enumerate(tqdm(jobs, desc=title, unit=unit)):
+        for number, job in enumerate(tqdm(jobs, desc=title, unit=unit, disable=title is None)):
             results[number] = work(*job)
             each(number, results[number])
         return list(results.values())

@@ -20,6 +20,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from gdviz import ranks
 from gdviz.artefacts import UserError, atomic, fingerprint, from_plain, load_json, load_tensors, plain, save_json, save_jsonl, save_tensors
 from gdviz.config import Profile
 from gdviz.data.videos import VideoSet, load_folder, load_motion
@@ -40,6 +42,7 @@ from gdviz.models import Classifier, build_backbone
 from gdviz.parallel import over_processes
 from gdviz.pretext import TASKS
 from gdviz.teachers import TeacherOutputs, outputs_of, predict, pretrain
+from gdviz.training import Bookkeeping
 
 VERSION = 3  # raise when results change: folders of older code are then refused
 
@@ -53,6 +56,7 @@ class Run:
     data: Path | None = None  # None: the embedded set
     cache: Path = Path("data")
     device: str = "cpu"
+    tensorboard: bool = False
 
     def videos(self, workers: int = 1) -> VideoSet:
         if self.data is None:
@@ -67,6 +71,10 @@ class Run:
 
     def student_folder(self, seed: int, method: str) -> Path:
         return self.folder / f"seed{seed}" / "students" / method
+
+    def bookkeeping(self, checkpoint: Path, progress: str | None) -> Bookkeeping:
+        board = checkpoint.parent / "tensorboard" if self.tensorboard else None
+        return {"checkpoint": checkpoint, "progress": progress, "board": board}
 
     def knowledge(self, seed: int, videos: VideoSet) -> Knowledge:
         """What the finished teachers of a seed know."""
@@ -97,8 +105,11 @@ def _videos(run: Run) -> VideoSet:
 
 
 def _left(jobs: list[tuple[Any, ...]], folder: Callable[..., Path], *files: str) -> list[tuple[Any, ...]]:
-    """The jobs that are not done: a step is done when its result is there, and the files that later steps read."""
-    return [job for job in jobs if not all((folder(*job) / name).exists() for name in ("result.json", *files))]
+    """The jobs that are not done: a step is done when its result is there, and the files that later steps read.
+
+    Ranks wait here for the first one, which has written what it had to by then.
+    """
+    return ranks.agreed([job for job in jobs if not all((folder(*job) / name).exists() for name in ("result.json", *files))])
 
 
 def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
@@ -107,9 +118,11 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     view = profile.view_of(task)
     backbone, head, history = pretrain(
         task, profile.teachers, view, videos,
-        seed=seed, device=run.device, checkpoint=folder / "pretrain.ckpt", progress=f"{task}, seed {seed}" if bar else None,
+        seed=seed, device=run.device, **run.bookkeeping(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None),
     )  # fmt: skip
     model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed)
+    if not ranks.first():
+        return
     test, labelled = videos.rows("test"), videos.rows("train")
     probs = torch.softmax(outputs.logits[test] / outputs.temperature, 1)
     state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"task.{k}": v for k, v in head.state_dict().items()}
@@ -128,7 +141,9 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
 
 
 def train_edges(run: Run, seed: int, shuffled: bool) -> None:
-    """Learns the edges of both graphs, or those of the control."""
+    """Learns the edges of both graphs, or those of the control; on one rank, because all of it takes less than to share it."""
+    if not ranks.first():
+        return
     folder, videos = run.edges_folder(seed, shuffled), _videos(run)
     knowledge = run.knowledge(seed, videos)
     if shuffled:
@@ -153,10 +168,12 @@ def train_student(run: Run, seed: int, method: str, bar: bool = False) -> None:
         knowledge = knowledge.shuffled(videos.training_rows, seed)
     student, history = distill(
         method, knowledge, edges, videos, profile.view, profile.distillation,
-        seed=seed, device=run.device, checkpoint=folder / "student.ckpt", progress=f"{method}, seed {seed}" if bar else None,
+        seed=seed, device=run.device, **run.bookkeeping(folder / "student.ckpt", f"{method}, seed {seed}" if bar else None),
     )  # fmt: skip
     test = videos.rows("test")
     logits, features = predict(student.classifier, videos, torch.arange(len(videos.splits)), profile.view)
+    if not ranks.first():
+        return
     save_tensors(folder / "student.safetensors", student.classifier.state_dict())
     if student.graph is not None:
         save_tensors(folder / "representation_graph.safetensors", student.graph.state_dict())
@@ -189,6 +206,8 @@ def claim_folder(run: Run, videos: VideoSet | None = None) -> None:
     file = run.folder / "config.json"
     if file.exists():
         old = load_json(file)
+        with suppress(KeyError, TypeError):  # settings that have come since had their defaults
+            old["profile"] = plain(from_plain(Profile, old["profile"]))
         if differing := sorted(key for key in config if old.get(key) != config[key]):
             what = ", ".join(differing)
             raise UserError(f"--out {run.folder}: holds a run of another configuration ({what} differ); choose another folder")
@@ -213,6 +232,13 @@ def check_names(profile: Profile) -> None:
     }.items():  # fmt: skip
         if schedule.epochs < 1 or schedule.batch < 2:
             raise UserError(f"{flag}: needs one epoch or more and batches of two or more")
+        if not (schedule.accumulate > 0 and 0 <= schedule.ema < 1 and 0 <= schedule.warmup <= 1 and schedule.clip >= 0):
+            raise UserError(f"{flag}: needs accumulate > 0, ema in [0, 1), warmup in [0, 1] and clip >= 0")
+        if schedule.batch % (ranks.world() * schedule.accumulate) or distillation.labelled_batch % ranks.world():
+            raise UserError(
+                f"{flag}: {schedule.batch} clips (and --distillation.labelled-batch {distillation.labelled_batch}) cannot be dealt out "
+                f"evenly to {ranks.world()} processes in {schedule.accumulate} parts"
+            )
     for flag, name in {"--teachers.backbone": teachers.backbone, "--distillation.student": distillation.student}.items():
         try:
             with torch.device("meta"):  # nothing is allocated, but sizes are checked
@@ -225,16 +251,8 @@ def default_folder(profile: Profile, data: Path | None) -> Path:
     return Path("runs") / f"{'motion' if data is None else data.stem}-{fingerprint(profile, data)[:8]}"
 
 
-def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
-    """Does what is left of a run; returns its metrics.
-
-    Raises:
-        UserError: see ``claim_folder`` and ``gdviz.data``.
-    """
-    profile = run.profile
-    profile.check()
-    check_names(profile)
-    torch.set_flush_denormal(True)  # see gdviz.parallel: a single worker is this process
+def _begin(run: Run, workers: int) -> VideoSet:
+    """Claims the folder, reads the videos, sweeps, and notes what it runs on."""
     claim_folder(run)
     videos = run.videos(workers)
     claim_folder(run, videos)
@@ -246,20 +264,43 @@ def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
         csv.writer(file).writerows([("path", "reason"), *videos.skipped])
     for path, reason in videos.skipped:
         tqdm.write(f"skipped {path}: {reason}")
+    return videos
+
+
+def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
+    """Does what is left of a run; returns its metrics.
+
+    Jobs are shared among worker processes, or, where this process is one of several ranks, done one
+    after another by all ranks together; the first one writes, in a folder that all of them read.
+
+    Raises:
+        UserError: see ``claim_folder`` and ``gdviz.data``.
+    """
+    profile = run.profile
+    profile.check()
+    check_names(profile)
+    torch.set_flush_denormal(True)  # see gdviz.parallel: a single worker is this process
+    videos = _begin(run, workers) if ranks.first() else None
     seeds, methods = profile.seeds, profile.methods
+    workers = workers if ranks.world() == 1 else 1
     bars = workers == 1  # a bar of epochs below the bar of jobs
+
+    def do(work: Callable[..., None], jobs: list[tuple[Any, ...]], title: str) -> None:
+        over_processes(work, jobs, workers, title=title if ranks.first() else None)
+
     teachers = [(s, t) for s in seeds for t in profile.teachers.tasks]
     left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl")
-    over_processes(partial(train_teacher, run, bar=bars), left, workers, title="teachers")
+    do(partial(train_teacher, run, bar=bars), left, "teachers")
     controls = (False, True) if "both-shuffled" in methods else (False,)
     left = _left([(s, c) for s in seeds for c in controls], run.edges_folder, "edges.safetensors")
-    over_processes(partial(train_edges, run), left, workers, title="edges")
+    do(partial(train_edges, run), left, "edges")
     students = [(s, m) for s in seeds for m in methods]
     left = _left(students, run.student_folder, "student.safetensors", "outputs.safetensors", "history.jsonl")
-    over_processes(partial(train_student, run, bar=bars), left, workers, title="students")
-    metrics = run.metrics()
-    save_jsonl(run.folder / "metrics.jsonl", metrics)
-    if not (run.folder / "summary.json").exists():
+    do(partial(train_student, run, bar=bars), left, "students")
+    metrics = ranks.agreed(run.metrics())
+    if ranks.first():
+        save_jsonl(run.folder / "metrics.jsonl", metrics)
+    if videos and not (run.folder / "summary.json").exists():
         save_json(run.folder / "summary.json", summarise(run, videos))
     return metrics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -12,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gdviz import ranks
 from gdviz.config import Schedule, Teachers, View
 from gdviz.data.sampling import augment, clips_of, multi_views, to_float
 from gdviz.data.videos import VideoSet
@@ -70,7 +72,8 @@ def pretrain(
     both = nn.ModuleDict({"backbone": backbone, "task": task}).to(device)
 
     def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        inputs, target = task.views(to_float(videos.batch(rows).to(device)), rng)
+        with ranks.dealt(rng):
+            inputs, target = task.views(to_float(videos.batch(ranks.deal(rows)).to(device)), rng)
         loss, metric = task(backbone, inputs, target)
         return loss, {task.metric: metric}
 
@@ -99,8 +102,10 @@ def fit(
     model = Classifier(copy.deepcopy(backbone), len(videos.label_names)).to(device)
 
     def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        clips = augment(clips_of(videos.batch(rows).to(device), view.length, view.stride, rng), rng)
-        return cross_entropy(model(clips)[0], videos.labels[rows].to(device)), {}
+        own = ranks.deal(rows)
+        with ranks.dealt(rng):
+            clips = augment(clips_of(videos.batch(own).to(device), view.length, view.stride, rng), rng)
+        return cross_entropy(model(clips)[0], videos.labels[own].to(device)), {}
 
     train(model, step, rows, schedule, seed=seed)
     return model
@@ -110,7 +115,7 @@ def fit(
 def predict(
     model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128, *, crops: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video and ``crops`` of each."""
+    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video and ``crops`` of each; ranks share the videos."""
     model.eval()
     device = device_of(model)
 
@@ -119,7 +124,9 @@ def predict(
         seen = [model(clips) for clips in multi_views(frames, view.length, view.stride, view.clips, crops)]
         return [torch.stack(outputs).mean(0) for outputs in zip(*seen, strict=True)]
 
-    logits, features = (torch.cat(parts).float().cpu() for parts in zip(*map(average, rows.split(batch)), strict=True))
+    even = rows[torch.arange(math.ceil(len(rows) / ranks.world()) * ranks.world()) % len(rows)]  # the last ones may be read twice
+    seen = zip(*map(average, ranks.deal(even).split(batch)), strict=True)
+    logits, features = (ranks.gather(torch.cat(parts).float())[: len(rows)].cpu() for parts in seen)
     return logits, features
 
 

@@ -18,7 +18,7 @@ CONDA = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seabor
 # Low to high: a module imports from its own layer and lower ones only.
 LAYERS = (
     ("artefacts", "parallel"),
-    ("config",),
+    ("config", "ranks"),
     ("graphs", "models", "losses"),
     ("data", "tap"),
     ("pretext", "training"),

@@ -18,7 +18,7 @@ from conftest import TINY
 
 from gdviz import run as runs
 from gdviz import training
-from gdviz.artefacts import UserError, load_json, load_tensors
+from gdviz.artefacts import UserError, load_json, load_tensors, save_json
 from gdviz.config import Profile
 from gdviz.distill import BASELINES, distill, kd_weights
 from gdviz.edges import learn_edges
@@ -90,18 +90,20 @@ def until_done(run: Run, failure: type[BaseException]) -> int:
 
 
 def test_killed_after_every_checkpoint(finished, tmp_path, monkeypatch):
-    """Each training dies after each epoch that is not its last, and goes on from there."""
-    real, died = training.save_checkpoint, []
+    """Each training saves after every step, dies after every third, within epochs and between, and goes on from there."""
+    real, saved = training.save_checkpoint, []
 
     def save_and_die(path, state):
         real(path, state)
-        died.append(path)
-        raise Killed
+        saved.append((path, state["at"]["step"]))
+        if len(saved) % 3 == 0:
+            raise Killed
 
     monkeypatch.setattr(training, "SAVE_EVERY_S", -1.0)
     monkeypatch.setattr(training, "save_checkpoint", save_and_die)
     attempts = until_done(another(finished, tmp_path / "run"), Killed)
-    assert attempts == len(died) == 2 * (len(TINY.teachers.tasks) + len(TINY.methods))
+    assert attempts == len(saved) // 3 and len(saved) == 10 * (len(TINY.teachers.tasks) + len(TINY.methods))
+    assert len(set(saved)) == 5 * len({path for path, _ in saved})
     assert_same_run(finished.folder, tmp_path / "run")
 
 
@@ -231,6 +233,17 @@ def test_other_folders_are_refused(finished, tmp_path):
         execute(another(finished, tmp_path / "bad"), workers=1)
 
 
+def test_a_run_from_before_a_setting_is_still_that_run(finished, tmp_path):
+    config = load_json(finished.folder / "config.json")
+    del config["profile"]["distillation"]["schedule"]["ema"]
+    save_json(tmp_path / "config.json", config)
+    runs.claim_folder(another(finished, tmp_path))
+    config["profile"]["distillation"]["beta"] = 3.0
+    save_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match="another configuration"):
+        runs.claim_folder(another(finished, tmp_path))
+
+
 def vary(part: str, **changes) -> Profile:
     return replace(TINY, **({part: replace(getattr(TINY, part), **changes)} if part else changes))
 
@@ -244,6 +257,8 @@ BAD = {
     "strides": (vary("teachers", strides=(1, 2, 3)), "--teachers.strides: 3 strides for 2 tasks"),
     "no seeds": (vary("", seeds=()), "--seeds"),
     "clip": (vary("view", length=12), "--view.length 12"),
+    "parts": (vary("teachers", fit=replace(TINY.teachers.fit, accumulate=3)), "--teachers.fit: 16 clips"),
+    "average": (vary("distillation", schedule=replace(TINY.distillation.schedule, ema=1.0)), "--distillation.schedule: needs"),
     "epochs": (vary("teachers", pretrain=replace(TINY.teachers.pretrain, epochs=0)), "--teachers.pretrain"),
 }
 
@@ -272,7 +287,7 @@ def test_too_few_labelled_videos_are_found_before_training(tmp_path):
 # --- slow: real processes
 
 
-def start(run: Run, *more: str) -> subprocess.Popen:
+def start(run: Run, *more: str, launch: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
     """``gdviz run`` with small settings, as a process group of its own."""
     flags = (
         "--motion.labelled 4 --motion.unlabelled 3 --motion.test 2 --motion.size 32 --motion.frames 12 --view.size 16 --view.frames 12 "
@@ -281,7 +296,7 @@ def start(run: Run, *more: str) -> subprocess.Popen:
         "--distillation.schedule.epochs 30 --distillation.schedule.batch 16 --distillation.edges.refreshes 300 --seeds 0 "
         "--methods labels both-graphs both-shuffled"
     )
-    command = [sys.executable, "-m", "gdviz.cli", "run", *flags.split(), "--out", str(run.folder), "--cache", str(run.cache), *more]
+    command = [*launch, "-m", "gdviz.cli", "run", *flags.split(), "--out", str(run.folder), "--cache", str(run.cache), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     return subprocess.Popen(
         command, start_new_session=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -3,6 +3,10 @@
 import itertools
 import math
 import os
+import pickle
+import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from gdviz.config import Schedule, Teachers, View
 from gdviz.data.sampling import clips_of
 from gdviz.distill import _Balance
 from gdviz.models import Classifier, build_backbone
+from gdviz.parallel import Stopped
 from gdviz.teachers import calibration_temperature, folds_of, predict
 from gdviz.training import learning_rate, train
 
@@ -39,11 +44,15 @@ def problem() -> tuple[nn.Module, training.Step]:
     return module, step
 
 
+EVERYTHING = replace(PLAN, clip=0.5, ema=0.9, accumulate=2, precision="bf16", warmup=0.3)
+
+
+@pytest.mark.parametrize("plan", [PLAN, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_resuming_is_exact(tmp_path, monkeypatch, at):
+def test_resuming_is_exact(tmp_path, monkeypatch, at, plan):
     monkeypatch.setattr(training, "SAVE_EVERY_S", -1.0)
     module, step = problem()
-    expected = train(module, step, torch.arange(40), PLAN, seed=5)
+    expected = train(module, step, torch.arange(40), plan, seed=5)
 
     def stop(epoch):
         if epoch == at:
@@ -52,16 +61,109 @@ def test_resuming_is_exact(tmp_path, monkeypatch, at):
 
     other, step = problem()
     with pytest.raises(Interrupted):
-        train(other, step, torch.arange(40), PLAN, seed=5, checkpoint=tmp_path / "x.ckpt", on_epoch=stop)
+        train(other, step, torch.arange(40), plan, seed=5, checkpoint=tmp_path / "x.ckpt", on_epoch=stop)
     resumed, step = problem()
     torch.manual_seed(999)  # another process has another generator
     began = []
-    history = train(resumed, step, torch.arange(40), PLAN, seed=5, checkpoint=tmp_path / "x.ckpt", on_epoch=lambda e: began.append(e) or {})
+    history = train(resumed, step, torch.arange(40), plan, seed=5, checkpoint=tmp_path / "x.ckpt", on_epoch=lambda e: began.append(e) or {})
     assert began == list(range(at, 6))
     assert [{k: v for k, v in row.items() if k != "extra"} for row in history] == expected
     for key, value in module.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
     assert not resumed.training
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_after_the_step_and_goes_on_exactly(tmp_path, signum):
+    module, step = problem()
+    expected = train(module, step, torch.arange(40), EVERYTHING, seed=5)
+
+    def asked(step, calls, at, rows, rng):
+        calls.append(at)
+        if len(calls) == at:
+            os.kill(os.getpid(), signum)
+        return step(rows, rng)
+
+    for at in (7, 19, 60):  # in the middle of a step of two parts, in the last one of an epoch, at the very end
+        calls, before = [], signal.getsignal(signum)
+        other, step = problem()
+        with pytest.raises(Stopped) as stopped:
+            train(other, partial(asked, step, calls, at), torch.arange(40), EVERYTHING, seed=5, checkpoint=tmp_path / f"{at}.ckpt")
+        assert stopped.value.signum == signum and signal.getsignal(signum) is before
+        assert len(calls) == at + at % 2
+        torch.manual_seed(999)
+        resumed, step = problem()
+        assert train(resumed, step, torch.arange(40), EVERYTHING, seed=5, checkpoint=tmp_path / f"{at}.ckpt") == expected
+        assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+def linear() -> tuple[nn.Module, training.Step]:
+    torch.manual_seed(0)
+    x, module = torch.randn(40, 5), nn.Linear(5, 1)
+    return module, lambda rows, rng: ((module(x[rows]) - 9 * x[rows].sum(1, keepdim=True)).square().mean(), {})
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    found = {}
+    for count in (1, 3, 4):  # parts of 8, of 3, 3 and 2, of 2
+        module, step = linear()
+        history = train(module, step, torch.arange(40), replace(PLAN, accumulate=count), seed=0)
+        found[count] = module.weight, torch.tensor([row["loss"] for row in history])
+    torch.testing.assert_close(found[3][0], found[1][0])
+    torch.testing.assert_close(found[4], found[1])
+
+
+def test_gradients_are_clipped(monkeypatch):
+    norms, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: norms.append(norm(self)) or real(self))
+
+    def norm(optimiser):
+        return float(torch.cat([p.grad.flatten() for group in optimiser.param_groups for p in group["params"]]).norm())
+
+    for clip in (0.0, 0.5):
+        train(*linear(), torch.arange(40), replace(PLAN, clip=clip), seed=0)
+    assert min(norms[:30]) > 1 and max(norms[30:]) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_result_is_the_moving_average_of_the_weights():
+    seen = []
+    module, step = linear()
+    train(module, lambda rows, rng: seen.append(module.weight.detach().clone()) or step(rows, rng), torch.arange(40), PLAN, seed=0)
+    seen.append(module.weight.detach().clone())
+    average = seen[1]
+    for weight in seen[2:]:
+        average = 0.9 * average + 0.1 * weight
+    module, step = linear()
+    train(module, step, torch.arange(40), replace(PLAN, ema=0.9), seed=0)
+    torch.testing.assert_close(module.weight.detach(), average)
+    assert not torch.allclose(average, seen[-1], rtol=1e-3)
+
+
+def test_lower_precision_and_compiled_backbones(monkeypatch):
+    kinds, compiled = [], []
+    monkeypatch.setattr(nn.Sequential, "compile", lambda self: compiled.append(self))
+    module = build_backbone("tiny4")
+    module.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    train(
+        module,
+        lambda rows, rng: (module(torch.ones(2, 3, 2, 8, 8)).mean(), {}),
+        torch.arange(8),
+        replace(PLAN, epochs=1, precision="bf16", compile=True),
+        seed=0,
+    )
+    assert set(kinds) == {torch.bfloat16} and compiled == [module.trunk]
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match="fp16: needs a GPU"):
+        train(*linear(), torch.arange(40), replace(PLAN, precision="fp16"), seed=0)
+
+
+def test_tensorboard_shows_the_history(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = train(*linear(), torch.arange(40), PLAN, seed=0, board=tmp_path)
+    events = reader.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(row["epoch"], pytest.approx(row["loss"])) for row in history]
+    assert all(e.value > 0 for e in events.Scalars("clips a second"))
 
 
 def batches_of(rows, schedule):
@@ -98,7 +200,7 @@ def test_learning_rate_warms_up_and_decays(monkeypatch):
     assert all(a < b for a, b in itertools.pairwise(rates[: peak + 1]))
     assert all(a > b for a, b in zip(rates[peak:-1], rates[peak + 1 :], strict=True))
     used, real = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: used.append(self.param_groups[0]["lr"]) or real(self))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: used.append(self.param_groups[0]["lr"]) or real(self))
     module, step = problem()
     train(module, step, torch.arange(40), PLAN, seed=0)
     assert used == [learning_rate(PLAN, i / 30) for i in range(30)]
@@ -125,6 +227,29 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"pretrain\.ckpt is damaged.*delete it"):
         train(module, step, torch.arange(40), PLAN, seed=0, checkpoint=file)
+
+
+@pytest.mark.parametrize("at", [3, 40, -3])
+def test_one_wrong_byte_in_a_checkpoint_is_seen(tmp_path, at):
+    save_checkpoint(tmp_path / "x.ckpt", {"x": torch.zeros(100)})
+    content = bytearray((tmp_path / "x.ckpt").read_bytes())
+    content[at] ^= 1
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match="wrong checksum"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Harm()))
+    save_checkpoint(tmp_path / "disguised.ckpt", {"x": Harm()})
+    for name in ("plain", "disguised"):
+        with pytest.raises(UserError, match=rf"{name}\.ckpt is damaged, or no checkpoint.*delete it"):
+            load_checkpoint(tmp_path / f"{name}.ckpt")
+    assert not (tmp_path / "harm").exists()
 
 
 # --- files
