@@ -41,6 +41,8 @@ class View:
     """kept frames from one frame of a clip to the next"""
     clips: int = 3
     """clips of a video, spread evenly over it, whose outputs are averaged when a network is read out or tested"""
+    cache: Literal["memmap", "jpeg", "transcode"] = "memmap"
+    """how decoded videos are kept: raw pixels (fastest), JPEG frames (a fifth of the bytes) or small H.264 files (a thirtieth)"""
 
 
 @dataclass(frozen=True)

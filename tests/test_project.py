@@ -52,7 +52,7 @@ def test_both_lists_of_dependencies_are_equal():
 def test_declared_dependencies_are_those_imported():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     lines = project["dependencies"] + project["optional-dependencies"]["notebooks"]
-    names = {"scikit-learn": "sklearn", "umap-learn": "umap", "decord2": "decord"}
+    names = {"scikit-learn": "sklearn", "umap-learn": "umap", "decord2": "decord", "pillow": "PIL"}
     declared = {names.get(n, n) for n in (re.match(r"[\w-]+", line)[0] for line in lines)}
     imported = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)} - set(sys.stdlib_module_names) - {"gdviz"}
     assert imported - declared <= {"IPython"}, "imported, not declared"  # IPython comes with ipykernel
