@@ -69,6 +69,8 @@ class CheckArguments:
     """where runs keep decoded videos"""
     workers: int = 2
     """decoding processes; with one, a file that kills or hangs its reader ends the check"""
+    cluster: str = ""
+    """address of a Dask scheduler, whose machines decode instead (``gdviz.parallel``)"""
 
 
 def _profile(arguments: list[str]) -> tuple[Profile, list[str]]:
@@ -137,7 +139,7 @@ def _check(arguments: list[str]) -> None:
             print(f"{label}: {count} videos")
     refused = 0
     if args.verify:
-        found = verified([clip.path for clip in clips], args.cache / "cache" / "verified.sqlite", workers=args.workers)
+        found = verified([clip.path for clip in clips], args.cache / "cache" / "verified.sqlite", workers=args.cluster or args.workers)
         for clip, reason in zip(clips, found, strict=True):
             if isinstance(reason, str):
                 print(f"refused {clip.path}: {reason}")

@@ -210,7 +210,7 @@ def fill(folder: Path, paths: list[Path], view: View, stamp: str, *, workers: in
     try:
         folder.mkdir(parents=True, exist_ok=True)
         left = [n for n in shards if not (folder / f"{n:05d}").exists()]
-        need = KINDS[view.cache].estimate(shape) * sum(isinstance(info, VideoInfo) for n in left for info in found[spans[n]])
+        need = KINDS[view.cache].estimate(shape) * sum(len(paths[spans[n]]) for n in left)
         free = shutil.disk_usage(folder).free
         if need > free:
             raise UserError(
