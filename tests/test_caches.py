@@ -53,6 +53,15 @@ def test_every_kind_shows_the_same_videos(load, kind):
             assert torch.equal(found.clips(rows, length, stride, rng[0]), pick_frames(seen, length, stride, rng[1]))
 
 
+def test_large_sets_have_larger_shards_not_more(load, tmp_path, monkeypatch):
+    small = load("memmap").batch(torch.arange(9))
+    monkeypatch.setattr(caches, "SHARDS", 2)
+    shutil.rmtree(tmp_path / "cache")
+    caches._shard.cache_clear()
+    assert torch.equal(load("memmap").batch(torch.arange(9)), small)
+    assert len(list((tmp_path / "cache").rglob("pixels.u8"))) == 2
+
+
 def test_clips_touch_only_the_frames_they_need(load, monkeypatch):
     rows, touched = torch.tensor([0, 5]), []
     found = {kind: load(kind, frames=40) for kind in KINDS}

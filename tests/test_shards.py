@@ -1,5 +1,6 @@
 """Shards for object stores: every video comes back once, with its label, and only the frames of the clip are decoded."""
 
+import gc
 import sys
 import tarfile
 
@@ -15,6 +16,7 @@ from gdviz.data.videos import load_folder
 pytest.importorskip("webdataset")
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # WebDataset leaves files to the garbage collector
 def test_a_set_goes_into_shards_and_comes_back_as_a_stream(video_folder, tmp_path, monkeypatch, capsys):
     root, out = video_folder(count=5), tmp_path / "shards"
     flags = ("--view.size", "32", "--view.frames", "8", "--per-shard", "3", "--cache", str(tmp_path), "--workers", "1")
@@ -40,3 +42,4 @@ def test_a_set_goes_into_shards_and_comes_back_as_a_stream(video_folder, tmp_pat
                 assert psnr(clip.numpy(), videos.clips(torch.tensor([row]), 3, 2)[0].numpy()) > 34
         assert sorted(rows) == list(range(10))
     assert len(calls) == 2 * 10 * 3
+    gc.collect()

@@ -1,7 +1,7 @@
 """Videos kept as a view needs them, in shards: as raw pixels, as JPEG, or as light H.264 files.
 
     STAMP/index.json, metadata.npy   written last: what the set is, which videos it lacks
-    STAMP/00000/found.json           of the first ``SHARD`` videos, beside what the kind of cache keeps of them
+    STAMP/00000/found.json           of the first sixteen videos, beside what the kind of cache keeps of them
 
 A shard is the unit of parallel work and of resumption: it is there as a whole or not at all, and a killed
 fill goes on with those that are not.
@@ -9,6 +9,7 @@ fill goes on with those that are not.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,7 +30,11 @@ from gdviz.data.reader import DamagedVideo, VideoInfo, frames_of, read_square, v
 from gdviz.data.verified import stat, verified
 from gdviz.parallel import Lost, over_processes
 
-SHARD = 16  # videos: few, so that small sets keep all cores busy
+SHARD, SHARDS = 16, 4096  # few videos in one, so that small sets keep all cores busy; but few enough shards to keep all of them open
+
+
+def shard_size(count: int) -> int:
+    return max(SHARD, -(-count // SHARDS))
 
 
 class Shard(Protocol):
@@ -98,7 +103,7 @@ class Jpeg:
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.bytes = np.memmap(folder / "frames.jpeg", np.uint8, "r").view(np.ndarray)
-        self.offsets, self.frames = np.load(folder / "offsets.npy"), shape[0]
+        self.offsets, self.frames = np.load(folder / "offsets.npy", mmap_mode="r").view(np.ndarray), shape[0]
         if len(self.bytes) != self.offsets[-1]:
             raise ValueError(f"{len(self.bytes)} bytes, not {self.offsets[-1]}")
 
@@ -116,24 +121,21 @@ class Transcode:
 
     @staticmethod
     def write(folder: Path, videos: Iterator[np.ndarray | None], shape: tuple[int, ...]) -> None:
-        infos = []
         for place, video in enumerate(videos):
-            infos.append(None)
             if video is not None:
                 file, odd = folder / f"{place:02d}.mp4", shape[1] % 2  # half the colour needs an even side
                 encode(np.pad(video, ((0, 0), (0, odd), (0, odd), (0, 0)), "edge"), file, crf="17", g="8", tune="fastdecode")
                 # Verified as any file is; and then read by PyAV, which opens so small a file in half of decord's time.
-                infos[-1] = asdict(replace(verify(file), by_decord=0))
-        save_json(folder / "infos.json", infos)
+                file.with_suffix(".json").write_text(json.dumps(asdict(replace(verify(file), by_decord=0))))
 
     def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
         self.folder, self.shape = folder, shape
-        self.infos = [info and VideoInfo(**info | {"keys": tuple(map(tuple, info["keys"]))}) for info in load_json(folder / "infos.json")]
 
     def read(self, place: int, frames: slice) -> np.ndarray:
-        index = np.arange(*frames.indices(self.shape[0]))
-        seen = np.stack(list(frames_of(self.folder / f"{place:02d}.mp4", index, self.infos[place])))
-        return seen[:, : self.shape[1], : self.shape[2]]
+        file, index = self.folder / f"{place:02d}.mp4", np.arange(*frames.indices(self.shape[0]))
+        known = load_json(file.with_suffix(".json"))
+        info = VideoInfo(**known | {"keys": tuple(map(tuple, known["keys"]))})
+        return np.stack(list(frames_of(file, index, info)))[:, : self.shape[1], : self.shape[2]]
 
 
 KINDS: dict[str, type[Shard]] = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Transcode}
@@ -148,14 +150,14 @@ class Cache:
     shape: tuple[int, ...]
 
     def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
-        shard, place = divmod(key[0], SHARD)
+        shard, place = divmod(key[0], shard_size(self.shape[0]))
         try:
             return _shard(self, shard).read(place, key[1])
         except (OSError, ValueError, IndexError, DamagedVideo) as error:
             raise UserError(f"{self.folder} is damaged (shard {shard}: {error}); delete it to have it made again") from None
 
 
-@lru_cache(maxsize=4096)  # a process may map 65,530 files
+@lru_cache(maxsize=SHARDS)
 def _shard(cache: Cache, number: int) -> Shard:
     return KINDS[cache.kind](cache.folder / f"{number:05d}", cache.shape[1:])
 
@@ -205,8 +207,9 @@ def fill(folder: Path, paths: list[Path], view: View, stamp: str, *, workers: in
         UserError: the disk is full, or would be.
     """
     found = verified(paths, folder.parent / "verified.sqlite", workers=workers)
-    shards, shape = range(-(-len(paths) // SHARD)), (view.frames, view.size, view.size, 3)
-    spans = [slice(n * SHARD, (n + 1) * SHARD) for n in shards]
+    size, shape = shard_size(len(paths)), (view.frames, view.size, view.size, 3)
+    shards = range(-(-len(paths) // size))
+    spans = [slice(n * size, (n + 1) * size) for n in shards]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         left = [n for n in shards if not (folder / f"{n:05d}").exists()]
@@ -227,7 +230,7 @@ def fill(folder: Path, paths: list[Path], view: View, stamp: str, *, workers: in
             results = over_processes(work, jobs, workers, title="reading videos", unit="shard", timeout=timeout)
             lost = {n: result.reason for n, result in zip(left, results, strict=True) if isinstance(result, Lost)}
             for n, reason in lost.items():  # once more, without the video that did it
-                found[n * SHARD + int((folder / f".{n:05d}.at").read_text())] = reason
+                found[n * size + int((folder / f".{n:05d}.at").read_text())] = reason
             left = list(lost)
         rows = [row for n in shards for row in load_json(folder / f"{n:05d}" / "found.json")]
         with atomic(folder / "metadata.npy") as temporary, open(temporary, "wb") as file:

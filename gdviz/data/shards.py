@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from gdviz.artefacts import UserError, load_json, save_json
 from gdviz.data.caches import from_jpeg, to_jpeg
-from gdviz.data.sampling import frame_numbers
+from gdviz.data.sampling import starts_and_strides
 from gdviz.data.videos import VideoSet
 
 
@@ -70,6 +70,6 @@ def stream_clips(
     urls = [f"{root or Path(index).parent}/{name}" for name in known["shards"] if name.startswith(f"{split}-")]
     samples = wds.WebDataset(urls, shardshuffle=len(urls) if shuffle else False, empty_check=False)
     for sample in samples.shuffle(shuffle) if shuffle else samples:
-        (numbers,) = frame_numbers(1, known["frames"], length, stride, rng).tolist()
-        clip = np.stack([from_jpeg(sample[f"{k:03d}.jpg"]) for k in numbers])
+        start, step = map(int, starts_and_strides(1, known["frames"], length, stride, rng))
+        clip = np.stack([from_jpeg(sample[f"{start + k * step:03d}.jpg"]) for k in range(length)])
         yield torch.from_numpy(clip), json.loads(sample["json"])

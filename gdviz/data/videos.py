@@ -17,7 +17,7 @@ from gdviz.data.caches import Cache, fill, open_cache
 from gdviz.data.index import Clip, check_classes, read_clips, split_by_group
 from gdviz.data.layouts import read_official
 from gdviz.data.motion import make_motion
-from gdviz.data.sampling import frame_numbers
+from gdviz.data.sampling import starts_and_strides
 from gdviz.data.verified import stat
 
 VERSION = 3  # raise when decoding, resizing or the caches change: caches made by the old code are then made again
@@ -57,11 +57,9 @@ class VideoSet:
 
     def clips(self, rows: Tensor, length: int, stride: int = 1, rng: Generator | None = None) -> Tensor:
         """``pick_frames(self.batch(rows), ...)`` that touches the frames of the clips only: uint8 [b, length, h, w, 3]."""
-        index = frame_numbers(len(rows), self.pixels.shape[1], length, stride, rng)
-        first, last = index[:, 0].tolist(), index[:, -1].tolist()
-        steps = (index[:, 1] - index[:, 0]).tolist() if length > 1 else [1] * len(rows)
         # A slice is copied once, in one piece; numbers of frames would be copied frame by frame.
-        return self._read(rows, map(slice, first, [frame + 1 for frame in last], steps))
+        drawn = starts_and_strides(len(rows), self.pixels.shape[1], length, stride, rng)
+        return self._read(rows, [slice(s, s + (length - 1) * d + 1, max(d, 1)) for s, d in zip(*(x.tolist() for x in drawn), strict=True)])
 
 
 def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, workers: int | str = 1) -> VideoSet:
