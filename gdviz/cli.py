@@ -17,17 +17,20 @@ import tyro
 from gdviz import ranks
 from gdviz import run as runs
 from gdviz.artefacts import UserError
-from gdviz.config import PROFILES, Profile
+from gdviz.config import PROFILES, Profile, View
 from gdviz.data.index import read_folder
 from gdviz.data.layouts import SOURCES, describe, read_official, save_list
+from gdviz.data.shards import write_shards
 from gdviz.data.verified import verified
+from gdviz.data.videos import load_folder
 from gdviz.parallel import Stopped, WorkerDied
 from gdviz.report import draw_figures, evaluation, table
 
 USAGE = """usage: gdviz run [--profile smoke|workshop|paper] [--data DIR] [--out DIR] [options]   (gdviz run --help lists them)
        gdviz evaluate RUN                 linear probe, retrieval, calibration and accuracy by class of a finished run
        gdviz figures RUN [--out DIR]      draw the figures of a finished run again
-       gdviz data check DIR [options]     what is there of a data set, what is missing, what cannot be read"""
+       gdviz data check DIR [options]     what is there of a data set, what is missing, what cannot be read
+       gdviz data shards DIR OUT          the videos as .tar shards of JPEG frames, for object stores"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,23 @@ class CheckArguments:
     """where runs keep decoded videos"""
     workers: int = 2
     """decoding processes; with one, a file that kills or hangs its reader ends the check"""
+    cluster: str = ""
+    """address of a Dask scheduler, whose machines decode instead (``gdviz.parallel``)"""
+
+
+@dataclass(frozen=True)
+class ShardArguments:
+    """Writes a data set as WebDataset shards; ``gdviz.data.shards.stream_clips`` reads them."""
+
+    data: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    view: View = field(default_factory=View)
+    cache: Path = Path("data")
+    """where runs keep decoded videos"""
+    workers: int = 2
+    """decoding processes"""
+    per_shard: int = 256
+    """videos of a shard"""
 
 
 def _profile(arguments: list[str]) -> tuple[Profile, list[str]]:
@@ -162,7 +182,7 @@ def _check(arguments: list[str]) -> None:
             print(f"{label}: {count} videos")
     refused = 0
     if args.verify:
-        found = verified([clip.path for clip in clips], args.cache / "cache" / "verified.sqlite", workers=args.workers)
+        found = verified([clip.path for clip in clips], args.cache / "cache" / "verified.sqlite", workers=args.cluster or args.workers)
         for clip, reason in zip(clips, found, strict=True):
             if isinstance(reason, str):
                 print(f"refused {clip.path}: {reason}")
@@ -174,10 +194,19 @@ def _check(arguments: list[str]) -> None:
         sys.exit(1)
 
 
+def _shards(arguments: list[str]) -> None:
+    args = tyro.cli(ShardArguments, prog="gdviz data shards", args=arguments)
+    for path in write_shards(
+        load_folder(args.data, args.view, args.cache / "cache", workers=args.workers), args.out, per_shard=args.per_shard
+    ):
+        print(path)
+
+
 def _data(arguments: list[str]) -> None:
-    if arguments[:1] != ["check"]:
-        raise UserError(f"data {' '.join(arguments[:1])}: unknown; there is `gdviz data check DIR`")
-    _check(arguments[1:])
+    commands = {"check": _check, "shards": _shards}
+    if not arguments or arguments[0] not in commands:
+        raise UserError(f"data {' '.join(arguments[:1])}: unknown; there are `gdviz data check DIR` and `gdviz data shards DIR OUT`")
+    commands[arguments[0]](arguments[1:])
 
 
 def _stop(signum: int, *_: object) -> None:

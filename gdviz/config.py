@@ -18,7 +18,7 @@ class MotionData:
     """labelled training videos per class"""
     unlabelled: int = 84
     """unlabelled training videos per class"""
-    test: int = 40
+    test: int = 80
     """test videos per class"""
     size: int = 64
     """side of a video, in pixels"""
@@ -41,6 +41,8 @@ class View:
     """kept frames from one frame of a clip to the next"""
     clips: int = 3
     """clips of a video, spread evenly over it, whose outputs are averaged when a network is read out or tested"""
+    cache: Literal["memmap", "jpeg", "transcode"] = "memmap"
+    """how decoded videos are kept: raw pixels (fastest), JPEG frames (a fifth of the bytes) or small H.264 files (a thirtieth)"""
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class _Drawn:
                 self.done[row] = read_square(Path(folder) / "video.mp4", view.frames, view.size)[0].numpy()
         return self.done[row]
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return np.stack([self._draw(int(row)) for row in rows])
+    def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
+        return self._draw(key[0])[key[1]]
 
 
 @dataclass(frozen=True)

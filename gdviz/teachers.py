@@ -115,7 +115,7 @@ def fit(
 def predict(
     model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128, *, crops: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of ``rows``, averaged over ``view.clips`` clips a video and ``crops`` of each; ranks share the videos."""
+    """Logits [n, c] and features [n, d] of ``rows``, means over ``view.clips`` clips a video and ``crops`` of each; ranks share the work."""
     model.eval()
     device = device_of(model)
 

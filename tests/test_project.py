@@ -17,7 +17,8 @@ MODULES = {path.relative_to(REPO).with_suffix("").as_posix().replace("/", "."): 
 CONDA = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
 # Low to high: a module imports from its own layer and lower ones only.
 LAYERS = (
-    ("artefacts", "parallel"),
+    ("artefacts",),
+    ("parallel",),
     ("config", "ranks"),
     ("graphs", "models", "losses"),
     ("data", "tap"),
@@ -51,8 +52,11 @@ def test_both_lists_of_dependencies_are_equal():
 
 def test_declared_dependencies_are_those_imported():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["notebooks"]
-    names = {"scikit-learn": "sklearn", "umap-learn": "umap", "decord2": "decord"}
+    lines = [
+        *project["dependencies"],
+        *(line for extra in ("notebooks", "cluster", "shards") for line in project["optional-dependencies"][extra]),
+    ]
+    names = {"scikit-learn": "sklearn", "umap-learn": "umap", "decord2": "decord", "pillow": "PIL"}
     declared = {names.get(n, n) for n in (re.match(r"[\w-]+", line)[0] for line in lines)}
     imported = {name.partition(".")[0] for path in MODULES.values() for name in imports(path)} - set(sys.stdlib_module_names) - {"gdviz"}
     assert imported - declared <= {"IPython"}, "imported, not declared"  # IPython comes with ipykernel

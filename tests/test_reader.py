@@ -116,12 +116,24 @@ def test_decord_reads_what_it_was_seen_to_read(tmp_path, monkeypatch):
     trusted = {name: verify(make(tmp_path / name, **MADE[name])).by_decord for name in MADE}
     assert [name for name, frames in trusted.items() if not frames] == ["open-gop.mkv", "mpeg4-b-frames.avi", "odd.mpg", "ten-bit.mp4"]
     assert (trusted["plain.mp4"], trusted["b-frames.mp4"]) == (40, 39)  # the last frame of the latter depends on timing
-    info = verify(tmp_path / "plain.mp4")
-    monkeypatch.setattr(reader, "_frames_from", None)
-    assert len(list(frames_of(tmp_path / "plain.mp4", np.arange(40), info))) == 40
+    info, far, near = verify(tmp_path / "plain.mp4"), np.array([0, 39]), np.arange(20, 36)
+    monkeypatch.setattr(reader, "_NEAR", 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "_frames_from", None)
+        assert len(list(frames_of(tmp_path / "plain.mp4", far, info))) == 2
     monkeypatch.setattr(reader, "_open_by_decord", None)
     with pytest.raises(TypeError):
-        next(frames_of(tmp_path / "plain.mp4", np.arange(40), info))
+        next(frames_of(tmp_path / "plain.mp4", far, info))
+    assert len(list(frames_of(tmp_path / "plain.mp4", near, info))) == 16  # by PyAV, from a key frame
+
+
+def test_both_ways_of_reading_give_the_same_pixels(tmp_path, official):
+    encode(render(2, 3, size=64, frames=24), tmp_path / "v.mp4")
+    for path in (tmp_path / "v.mp4", *sorted((official / "ucf101_layout").rglob("*.avi"))[::4]):
+        info, index = verify(path), np.arange(3, 20)
+        assert info.by_decord > 20
+        by_decord = reader._open_by_decord(path).get_batch(index).asnumpy()
+        assert all(map(np.array_equal, frames_of(path, index, info), by_decord))
 
 
 def test_seeking_is_trusted_only_where_it_was_seen_to_work(tmp_path, monkeypatch):

@@ -123,8 +123,8 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def encode(frames: np.ndarray, path: Path, *, fps: int = FPS) -> None:
-    """Writes uint8 frames [T, H, W, 3] as an H.264 mp4 file, atomically."""
+def encode(frames: np.ndarray, path: Path, *, fps: int = FPS, **options: str) -> None:
+    """Writes uint8 frames [T, H, W, 3] as an H.264 mp4 file, atomically; ``options`` are libx264's."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         # No B-frames: decord's last frame of such files depends on timing. Below 64 pixels x264's fast paths write
@@ -132,8 +132,8 @@ def encode(frames: np.ndarray, path: Path, *, fps: int = FPS) -> None:
         height, width = frames.shape[1:3]
         # Weighted prediction costs a third of the time and saves nothing here.
         x264 = "weightp=0" + ":no-asm=1" * (min(height, width) < 64)
-        options = {"crf": "20", "preset": "veryfast", "bf": "0", "threads": "1", "x264-params": x264}
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        defaults = {"crf": "20", "preset": "veryfast", "bf": "0", "threads": "1", "x264-params": x264}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=defaults | options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -2,8 +2,8 @@
 
 Containers lie about their length, decoders conceal damage, and seeking may land anywhere. So a file is
 decoded whole by PyAV, once (`verify`): what was counted there is all that later reading (`frames_of`)
-trusts. Files whose frames decord was seen to give are read by decord; the others by PyAV, from the places
-from which decoding was seen to give the same frames again.
+trusts. PyAV reads from the places from which decoding was seen to give the same frames again. Frames far
+from any are read by decord, where it was seen to give them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ decord.logging.set_level(decord.logging.QUIET)
 EXTENSIONS = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
 VERSION = 1  # raise when `verify` finds or refuses other things: files are then verified again
 _CHECKED, _APART = 4, 8  # frames compared after each seek; least distance between two places to seek to
+_NEAR = 128  # frames that PyAV decodes in vain before decord, which is slower to open and to convert, would have been faster
 _FAR = 255**2 / 10**4.5  # a PSNR of 45 dB: decord's frames equal PyAV's, or else differ by more than that in colour
 
 
@@ -221,7 +222,8 @@ def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[
     with suppress(OSError):  # a file that is gone is told of below
         if Path(path).stat().st_size != info.bytes:
             raise DamagedVideo("has changed since it was verified")
-    if len(index) and index[-1] < info.by_decord:
+    start, time = max((key for key in info.keys if len(index) and key[0] <= index[0]), default=(0, 0))
+    if len(index) and index[-1] < info.by_decord and index[-1] - start > _NEAR + 2 * len(index):
         try:
             pixels = _open_by_decord(path).get_batch(index).asnumpy()
         except decord.DECORDError as error:
@@ -232,7 +234,6 @@ def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[
         return
     wanted = iter(np.asarray(index).tolist())
     converter, next_one = VideoReformatter(), next(wanted, None)
-    start, time = max((key for key in info.keys if next_one is not None and key[0] <= next_one), default=(0, 0))
     with _opened(path) as (container, stream):
         for number, frame in _frames_from(container, stream, start, time):
             if next_one is None:

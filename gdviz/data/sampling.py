@@ -15,14 +15,15 @@ def to_float(frames: Tensor) -> Tensor:
     return frames.movedim(-1, -3).float().div_(255).sub_(0.5).div_(0.25)
 
 
-def frame_numbers(count: int, frames: int, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5) -> Tensor:
-    """Which of its ``frames`` each of ``count`` videos shows in a clip, [count, length]: see :func:`pick_frames`."""
+def starts_and_strides(
+    count: int, frames: int, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Where the clips of ``count`` videos start and how far apart their frames are, [count] each: see :func:`pick_frames`."""
     if frames < length:
         raise ValueError(f"a clip of {length} frames does not fit a video of {frames}: lower the clip length or raise the frames kept")
     stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
     room = frames - 1 - stride * (length - 1)  # (b,)
-    start = (room * place).long() if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long()
-    return start[:, None] + stride[:, None] * torch.arange(length)  # (b, t)
+    return (room * place).long() if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long(), stride
 
 
 def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5) -> Tensor:
@@ -40,7 +41,8 @@ def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generato
         ValueError: the videos have fewer frames than a clip.
     """
     count, frames = videos.shape[:2]
-    index = frame_numbers(count, frames, length, stride, rng, place)
+    start, stride = starts_and_strides(count, frames, length, stride, rng, place)
+    index = start[:, None] + stride[:, None] * torch.arange(length)  # (b, t)
     rows = torch.arange(count)[:, None]
     return videos[rows.to(videos.device), index.to(videos.device)]
 

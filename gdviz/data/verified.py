@@ -59,7 +59,7 @@ def look_up(db: sqlite3.Connection, path: Path, size: int, mtime_ns: int) -> Vid
     return VideoInfo(frames, width, height, fps, size, turns, by_decord, tuple(map(tuple, json.loads(keys))))
 
 
-def verified(paths: Sequence[Path], index: Path, *, workers: int = 1) -> list[VideoInfo | str]:
+def verified(paths: Sequence[Path], index: Path, *, workers: int | str = 1) -> list[VideoInfo | str]:
     """What `verify` says of each file, or why it is refused; files that the index knows unchanged are not decoded again.
 
     Args:
