@@ -115,7 +115,7 @@ def fit(
 def predict(
     model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128, *, crops: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of ``rows``, means over ``view.clips`` clips a video and ``crops`` of each; ranks share the work."""
+    """Logits [n, c] and features [n, d] of ``rows``, means over ``view.clips`` clips a video and ``crops`` of each; ranks share them."""
     model.eval()
     device = device_of(model)
 
