@@ -100,7 +100,7 @@ def _log_slider(label: str, value: float, low: float, high: float, base: int = 1
 
 
 class PlanExplorer(Explorer):
-    """What transport between two teachers' distributions is, and what ``eps`` does to it.
+    """What transport between two teachers' distributions is, and what ``eps`` and a softening temperature do to it.
 
     Args:
         probs: ``[N, K, C]`` teacher probabilities.
@@ -118,11 +118,13 @@ class PlanExplorer(Explorer):
             first=ipw.Dropdown(options=self.names, value=names[0], description="from teacher"),
             second=ipw.Dropdown(options=self.names, value=names[-1], description="to teacher"),
             eps=_log_slider("regularisation eps", 0.1, 0.01, 1),
+            temperature=_log_slider("temperature T", 1, 0.5, 20),
         )
 
     @plots.style()
-    def show(self, clip: int, first: str, second: str, eps: float) -> Shown:
-        p, (i, j) = self.probs[clip], (self.names.index(first), self.names.index(second))
+    def show(self, clip: int, first: str, second: str, eps: float, temperature: float) -> Shown:
+        p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(-1)  # p^(1/T), to unit mass
+        i, j = self.names.index(first), self.names.index(second)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", graphs.ConvergenceWarning)  # the read-out tells
             solved = graphs.sinkhorn(p[i], p[j], self.cost, eps=eps)

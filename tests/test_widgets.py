@@ -41,6 +41,7 @@ MAKE = {
 }
 CHANGES = [
     ("plan", "clip", 3), ("plan", "first", "coherence"), ("plan", "second", "coherence"), ("plan", "eps", 0.5),
+    ("plan", "temperature", 4.0),
     ("edges", "eta", 1.0), ("edges", "alpha", 0.0), ("edges", "prior", 0.0), ("edges", "floor", 0.5),
     ("bandwidth", "pair", (1, 2)), ("bandwidth", "multiple", 8.0), ("sketch", "size", 64.0),
     ("player", "clip", 1), ("player", "frame", 2),
