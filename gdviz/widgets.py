@@ -122,7 +122,7 @@ class PlanExplorer(Explorer):
         )
 
     @plots.style()
-    def show(self, clip: int, first: str, second: str, eps: float, temperature: float) -> Shown:
+    def show(self, clip: int, first: str, second: str, eps: float, temperature: float = 1.0) -> Shown:
         p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(-1)  # p^(1/T), to unit mass
         i, j = self.names.index(first), self.names.index(second)
         with warnings.catch_warnings():
