@@ -297,7 +297,8 @@ def start(run: Run, *more: str, launch: tuple[str, ...] = (sys.executable,)) -> 
         "--methods labels both-graphs both-shuffled"
     )
     command = [*launch, "-m", "gdviz.cli", "run", *flags.split(), "--out", str(run.folder), "--cache", str(run.cache), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    # Few words of progress: while nobody reads its pipe, a process that fills it waits for ever.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "TQDM_MININTERVAL": "10"}
     return subprocess.Popen(
         command, start_new_session=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
