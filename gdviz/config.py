@@ -76,7 +76,7 @@ class Teachers:
 
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
     """pretext tasks, one teacher each"""
-    strides: tuple[int, ...] = (3, 2, 1, 2)
+    strides: tuple[int, ...] = (2, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16m"
     pretrain: Schedule = Schedule(epochs=10, batch=32, min_steps=20)
