@@ -31,7 +31,7 @@ except ImportError:
 
 BUDGET_S = 10.0  # for one comparison
 DEVICE = "cpu"
-SIZES = ((51, 4), (101, 4), (51, 6), (101, 6), (51, 8), (101, 8), (400, 4))  # classes, teachers
+SIZES = ((51, 4), (101, 4), (51, 6), (101, 6), (51, 8), (101, 8), (400, 4), (400, 6), (400, 8))  # classes, teachers
 POT_TOL = 1e-3  # of the L2 norm of the marginal error, tested every 10 iterations; ours is of the L1 norm, which is larger
 
 
