@@ -126,7 +126,7 @@ def test_finite_on_a_hundred_cases(loss, shapes, count):
     run(loss, shapes, count)
 
 
-def test_a_problem_that_newtons_method_leaves_is_solved_from_a_larger_eps():
+def test_a_problem_that_newtons_method_leaves_is_taken_up_again():
     """One of the ten thousand: parts of the plan exchange next to nothing, and Newton's method stalled at an error of 0.04."""
     check_logits_graph(2**32 - 1, "near zero", "float32", 1, 4, 10, 0.005, 4.0, False)
 
