@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**24  # numbers in the largest temporary of what is done by pieces
+RELAX = (1.5, 1.75)  # over-relaxation, at first and once only slow problems are left
 CHECK_EVERY = 10  # a test of the marginals costs a plain step and, on a GPU, a synchronisation
 NEWTON_AFTER = 8  # times C iterations: about what finishing a column by Newton's method costs
 NEWTON_STEPS = 50
@@ -96,15 +97,15 @@ def iterate(
 ) -> tuple[list[Tensor], Tensor, int]:
     """Run ``step(marginals, state, relax)`` on columns and drop those whose error is below tol.
 
-    The last axis of every tensor counts problems. A step returns the new state and, if not
-    ``relax``, the error of each column; that is asked for every ``CHECK_EVERY`` steps.
+    The last axis of every tensor counts problems. A step returns the new state and, where ``relax``
+    is 1, the error of each column; that is asked for every ``CHECK_EVERY`` steps.
     """
     result = [torch.empty_like(s) for s in state]
     error = state[0].new_zeros(state[0].shape[-1])
     active = torch.arange(len(error), device=error.device)
     iteration = 0
     while active.numel():
-        state, current = step(marginals, state, False)
+        state, current = step(marginals, state, 1.0)
         iteration += 1
         stopped = ~(current > tol) | (iteration >= max_iter)  # NaN stops, too
         if bool(stopped.any()):
@@ -115,7 +116,7 @@ def iterate(
             active = active[going]
             marginals, state = tuple(m[..., going] for m in marginals), tuple(s[..., going] for s in state)
         for _ in range(min(CHECK_EVERY - 1, max_iter - 1 - iteration) if active.numel() else 0):
-            state, _ = step(marginals, state, True)
+            state, _ = step(marginals, state, RELAX[iteration > 2 * CHECK_EVERY])
             iteration += 1
     return result, error, iteration
 
@@ -136,9 +137,6 @@ def newton(a: Tensor, b: Tensor, log_kernel: Tensor, v: Tensor, tol: float, step
     def apply(x: Tensor) -> Tensor:
         return torch.logsumexp(log_kernel + x[:, None, :], dim=-1)
 
-    def semi_dual(v: Tensor, u: Tensor) -> Tensor:
-        return (a * u).sum(-1) + (b * v).sum(-1)
-
     for taken in range(steps + 1):
         u = -apply(log_b + v)
         applied = apply(log_a + u)
@@ -156,10 +154,10 @@ def newton(a: Tensor, b: Tensor, log_kernel: Tensor, v: Tensor, tol: float, step
         direction = torch.where(b > 0, torch.linalg.solve(system, target) / root.clamp(min=1e-30), 0.0)
         # parts that exchange less than a rounding make Newton's step endless: cap it (units of eps)
         direction = direction * (10 / direction.abs().amax(-1, keepdim=True).clamp(min=10))
-        value, size = semi_dual(v, u), torch.ones_like(error)
+        value, size = (a * u).sum(-1) + (b * v).sum(-1), torch.ones_like(error)  # the semi-dual
         for _ in range(6):
             trial = v + size[:, None] * direction
-            worse = ~(semi_dual(trial, -apply(log_b + trial)) >= value - 1e-14)
+            worse = ~((b * trial).sum(-1) - (a * apply(log_b + trial)).sum(-1) >= value - 1e-14)
             if not bool(worse.any()):
                 break
             size = torch.where(worse, 0.3 * size, size)
@@ -184,16 +182,19 @@ def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: 
         if sharpness <= KERNEL_RANGE[dtype]:
             kernel = log_kernel.exp()
 
+            def answer(old, applied, relax):  # old^(1 - relax) applied^-relax, without a power
+                if relax == 1:
+                    return 1 / applied
+                root = torch.rsqrt(old * applied)
+                return (root if relax == 1.5 else root * root.sqrt()) / applied
+
             def step(marginals, state, relax):
                 (p, q), (u, v) = marginals, state
-                applied = kernel @ (q * v)
-                # u (1 / (u applied))^1.5: over-relaxation by 1.5 without a power
-                u = torch.rsqrt(u * applied) / applied if relax else 1 / applied
+                u = answer(u, kernel @ (q * v), relax)
                 applied = kernel @ (p * u)
-                if relax:
-                    return (u, torch.rsqrt(v * applied) / applied), None
                 # rows are exact after a plain step, so the columns hold all of the error
-                return (u, 1 / applied), (q * (v * applied - 1).abs()).sum(dim=0)
+                error = None if relax > 1 else (q * (v * applied - 1).abs()).sum(dim=0)
+                return (u, answer(v, applied, relax)), error
 
             start = torch.ones_like(q) if guess is None else (guess.to(dtype).reshape(-1, shape[-1]).mT / eps_abs).exp()
             patience = min(max_iter, max(150, NEWTON_AFTER * shape[-1]))
@@ -260,15 +261,14 @@ def _(a, b, cost, eps, tol, max_iter, guess=None):
 def self_sinkhorn(p: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int) -> tuple[Tensor, Tensor]:
     """Value and potential of W_eps(p, p) by ``u <- sqrt(u / K (p u))`` (Feydy et al. 2019, eq. 25).
 
-    The error halves at every step, whatever the marginal. Differentiable in ``p``.
-    """
+    The error halves at every step, whatever the marginal. Differentiable in ``p``."""
     eps_abs, sharpness = absolute_eps(cost, eps)
     dtype, tol = precision(sharpness, tol, p)
 
     def step(marginals, state, relax):
         (p, log_p), (log_u, _) = marginals, state
         applied = product(log_p + log_u)
-        error = None if relax else (p * (log_u + applied).expm1().abs()).sum(dim=0)
+        error = None if relax > 1 else (p * (log_u + applied).expm1().abs()).sum(dim=0)
         return (0.5 * (log_u - applied), -applied), error
 
     with torch.autocast(p.device.type, enabled=False):
@@ -326,12 +326,12 @@ def barycenter(
         log_b = (w * kv).sum(dim=1) + log_bias  # (C, B)
         b = log_b.exp()
         gap = log_v + product(log_b[:, None] - kv)  # the rows of every plan equal b now
-        error = None if relax else (p * gap.expm1().abs()).sum(dim=0).amax(dim=0)
+        error = None if relax > 1 else (p * gap.expm1().abs()).sum(dim=0).amax(dim=0)
         if debiased:
             k_bias = product(log_bias)
-            error = None if relax else error + ((log_bias + k_bias).exp() - b).abs().sum(dim=0)
+            error = None if relax > 1 else error + ((log_bias + k_bias).exp() - b).abs().sum(dim=0)
             log_bias = 0.5 * (log_bias + log_b - k_bias)
-        return (log_v - (1.5 if relax else 1.0) * gap, log_bias, b), error
+        return (log_v - relax * gap, log_bias, b), error
 
     with torch.autocast(p.device.type, enabled=False):
         product = log_product(symmetric(cost, dtype) / -eps_abs, sharpness)
