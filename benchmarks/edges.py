@@ -26,8 +26,8 @@ from gdviz.evaluate import accuracy
 from gdviz.graphs import FOLLOW_STUDENT, POLICIES
 from gdviz.knowledge import Knowledge, build_graphs
 from gdviz.parallel import over_processes
+from gdviz.readout import predict
 from gdviz.run import Run, open_run
-from gdviz.teachers import predict
 
 RULES = ("learned", *POLICIES)
 TEACHERS = ("good", "fair", "constant", "lying")

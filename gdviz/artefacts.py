@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -114,6 +114,17 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it to have it made again") from None
+
+
+def meta_of(path: Path | str) -> dict[str, Any]:
+    """The description that :func:`save_tensors` wrote; {} where there is no such file."""
+    if not Path(path).exists():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("meta", "{}"))
+    except (OSError, SafetensorError):
+        return {}
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ class RunArguments:
     """where decoded videos (and the embedded data) are kept"""
     workers: int = 0
     """processes; 0: one a core on a CPU, one on a GPU"""
+    cluster: str = ""
+    """address of a Dask scheduler, whose machines read videos and train instead; all see the same folders (docs/scale.md)"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto"""
     tensorboard: bool = False
@@ -139,13 +141,15 @@ def _run(arguments: list[str]) -> None:
         raise UserError("--tensorboard: is not installed; pip install 'gdviz[tensorboard]'")
     ranks.start(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = _device(args.device)
+    if args.cluster and ranks.world() > 1:
+        raise UserError("--cluster: hands out whole trainings; `torchrun` shares one among processes: choose one of them")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: needs 0 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = args.workers or (1 if device != "cpu" else cores)
     folder = args.out or runs.default_folder(args.settings, args.data)
     run = runs.Run(args.settings, folder, args.data, args.cache, device, args.tensorboard)
-    runs.execute(run, workers=workers)
+    runs.execute(run, workers=args.cluster or workers)
     if not ranks.first():
         return
     print(table(run))

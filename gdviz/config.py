@@ -114,6 +114,8 @@ class Distillation:
     schedule: Schedule = Schedule(epochs=24, batch=32, lr=1e-2, min_steps=20)
     labelled_batch: int = 8
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
+    target: Literal["video", "clip"] = "video"
+    """what teachers say of a student's clip: the mean over its video, or what they say of that clip, one of view.clips a video"""
     temperature: float = 1.0
     eps: float = 0.3
     """entropic regularisation, relative to the mean ground cost"""

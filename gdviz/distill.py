@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from gdviz import ranks
 from gdviz.config import Distillation, View
-from gdviz.data.sampling import augment, clips_of
+from gdviz.data.sampling import augment, clip_places, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.edges import Edges
 from gdviz.graphs import FOLLOW_STUDENT, POLICIES, LogitsGraph
@@ -141,37 +141,42 @@ class _Lesson:
     device: str
     moment: int = 0
     rng: Generator | None = None
+    clips: Tensor | None = None  # (b,) which of its video each clip is, if they are taught one by one
 
     def __post_init__(self) -> None:
-        self.softened = self.knowledge.probs(self.cfg.temperature)
         self.best = self.knowledge.teachers.index(self.knowledge.best_teacher())
         if self.method.startswith("kd-"):
-            self.weigh = kd_weights(self.method.removeprefix("kd-"), self.knowledge, self.edges, self.softened)
+            softened = self.knowledge.probs(self.cfg.temperature)
+            self.weigh = kd_weights(self.method.removeprefix("kd-"), self.knowledge, self.edges, softened)
+
+    def softened(self, picked: Tensor) -> Float[Tensor, "b k c"]:
+        return torch.softmax(self.knowledge.said(picked, self.clips)[0] / self.cfg.temperature, -1)
 
     def match_logits(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """The logits graph."""
-        shown = (of[picked].to(self.device) for of in (self.softened, self.edges.teachers[self.moment], self.edges.consensus[self.moment]))
-        return self.logits_graph.loss(logits, *shown)
+        edges = (of[self.moment, picked] for of in (self.edges.teachers, self.edges.consensus))
+        return self.logits_graph.loss(logits, *(x.to(self.device) for x in (self.softened(picked), *edges)))
 
     def match_pairs(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """The representation graph."""
-        shown = [f[picked].to(self.device) for f in self.knowledge.features]
+        shown = [f.to(self.device) for f in self.knowledge.said(picked, self.clips)[1]]
         consensus, pairs = self.edges.consensus[self.moment, picked], self.edges.pairs[self.moment]
         return self.student.graph.loss(features, shown, consensus.to(self.device), pairs.to(self.device))
 
     def listen(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """Plain distillation."""
         weights = self.weigh(picked, self.moment, torch.softmax(logits.detach() / self.cfg.temperature, 1))
-        return multi_teacher_kd_loss(logits, self.softened[picked].to(self.device), weights.to(self.device), self.cfg.temperature)
+        return multi_teacher_kd_loss(logits, self.softened(picked).to(self.device), weights.to(self.device), self.cfg.temperature)
 
     def imitate(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """One of ``BASELINES``."""
         known, rows, student = self.knowledge.labels[picked], self.rows, self.student
-        said, shown = self.knowledge.logits[picked, self.best], self.knowledge.features[self.best]
+        said, shown = self.knowledge.said(picked, self.clips)
+        said, shown, bank = said[:, self.best], shown[self.best], self.knowledge.features[self.best]
         at = torch.randint(len(rows), (len(picked), min(NEGATIVES, len(rows) - 1)), generator=self.rng)
         at = (at + (rows[at] == picked[:, None])) % len(rows)  # never the clip itself
         truth = torch.where(known >= 0, known, said.argmax(1))
-        said, shown, others, truth = (x.to(self.device) for x in (said, shown[picked], shown[rows[at]], truth))
+        said, shown, others, truth = (x.to(self.device) for x in (said, shown, bank[rows[at]], truth))
         layers = (student.student_to, student.teacher_to)
         return BASELINES[self.method](Seen(logits, features, said, shown, others, len(rows), truth, self.cfg.temperature, *layers))
 
@@ -218,7 +223,7 @@ def distill(
     """
     if method not in methods_of(knowledge.teachers):
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(methods_of(knowledge.teachers))}")
-    rows, labelled = videos.training_rows, videos.rows("train")
+    rows, labelled, places = videos.training_rows, videos.rows("train"), torch.tensor(clip_places(view.clips))
     torch.manual_seed(seed)
     classifier = Classifier(build_backbone(cfg.student), len(videos.label_names))
     use = GRAPHS.get(method, ("baseline",) if method in BASELINES else ("kd",))
@@ -244,8 +249,11 @@ def distill(
         draw = labelled[torch.randint(len(labelled), (count + len(picked),), generator=rng)]
         picked = draw if method == "labels" else torch.cat([draw[:count], picked])
         supervised = len(picked) if method == "labels" else count
+        lesson.clips = torch.randint(len(places), picked.shape, generator=rng) if cfg.target == "clip" else None
         with ranks.dealt(rng):
-            clips = augment(clips_of(videos.batch(ranks.deal(picked)).to(device), view.length, view.stride, rng), rng)
+            where = {"rng": rng} if lesson.clips is None else {"place": places[ranks.deal(lesson.clips)]}
+            clips = videos.clips(ranks.deal(picked), view.length, view.stride, **where).to(device)
+            clips = augment(to_float(clips).transpose(1, 2), rng)
         features = ranks.gather(classifier.backbone(clips))  # from here on every rank has the whole batch
         logits = classifier.fc(features)
         ce = cross_entropy(logits[:supervised], videos.labels[picked[:supervised]].to(device))

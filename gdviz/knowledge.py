@@ -12,6 +12,7 @@ from gdviz.config import Distillation
 from gdviz.data.videos import VideoSet
 from gdviz.graphs import LogitsGraph, RepresentationGraph, average_costs, cost_from_means, zero_one_cost
 from gdviz.graphs.costs import normalise_cost
+from gdviz.readout import ClipOutputs
 from gdviz.teachers import TeacherOutputs
 
 
@@ -25,16 +26,27 @@ class Knowledge:
     held_features: list[Float[Tensor, "n d"]]  # out of fold on labelled videos, and else the same
     labels: Tensor  # (n,) labels of the labelled training part, else -1
     fold: Tensor  # (n,) cross-fitting fold of a labelled video, else -1
+    temperatures: Float[Tensor, " k"]
+    clips: tuple[ClipOutputs, ...] = ()  # of each teacher, where a student is taught clip by clip
+    dealt: Tensor | None = None  # (n,) whose knowledge row i is, where shuffled
 
     def probs(self, temperature: float = 1.0) -> Float[Tensor, "n k c"]:
         return torch.softmax(self.logits / temperature, dim=-1)
+
+    def said(self, rows: Tensor, clips: Tensor | None = None) -> tuple[Float[Tensor, "b k c"], list[Float[Tensor, "b d"]]]:
+        """Calibrated logits and features on these videos, or on one clip of each."""
+        if clips is None:
+            return self.logits[rows], [f[rows] for f in self.features]
+        rows = rows if self.dealt is None else self.dealt[rows]
+        logits, features = zip(*(teacher.at(rows, clips) for teacher in self.clips), strict=True)
+        return torch.stack(logits, 1) / self.temperatures[:, None], list(features)
 
     def shuffled(self, rows: Tensor, seed: int) -> Knowledge:
         """The control: what is known of the clips in ``rows``, dealt to the wrong ones of them."""
         order = torch.arange(len(self.labels))
         order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
         features, held = ([f[order] for f in group] for group in (self.features, self.held_features))
-        return replace(self, logits=self.logits[order], features=features, held_features=held)
+        return replace(self, logits=self.logits[order], features=features, held_features=held, dealt=order)
 
     def best_teacher(self) -> str:
         """The one most often right out of fold on the labelled clips: a choice that needs no test labels."""
@@ -43,8 +55,8 @@ class Knowledge:
         return self.teachers[int(right.argmax())]
 
 
-def gather(outputs: dict[str, TeacherOutputs], videos: VideoSet) -> Knowledge:
-    """Stacks the teachers' outputs. Labels outside the labelled training part are not passed on."""
+def gather(outputs: dict[str, TeacherOutputs], videos: VideoSet, clips: tuple[ClipOutputs, ...] = ()) -> Knowledge:
+    """Stacks the teachers' outputs, and by clip if need be. Labels outside the labelled training part are not passed on."""
     known = torch.tensor([split == "train" for split in videos.splits])
     return Knowledge(
         teachers=tuple(outputs),
@@ -53,6 +65,8 @@ def gather(outputs: dict[str, TeacherOutputs], videos: VideoSet) -> Knowledge:
         held_features=[o.held_features for o in outputs.values()],
         labels=torch.where(known, videos.labels, -1),
         fold=next(iter(outputs.values())).fold,
+        temperatures=torch.stack([o.temperature for o in outputs.values()]),
+        clips=clips,
     )
 
 
@@ -81,5 +95,6 @@ def build_graphs(knowledge: Knowledge, student_dim: int, rows: Tensor, cfg: Dist
     )
     dims = [f.shape[1] for f in knowledge.features]
     representation_graph = RepresentationGraph(knowledge.teachers, dims, student_dim, distance=cfg.distance)
-    representation_graph.fit_scalers([f[rows] for f in knowledge.features])
+    some = rows[:: 1 + len(rows) // 10_000]  # features may be larger than memory
+    representation_graph.fit_scalers([f[some] for f in knowledge.features])
     return logits_graph, representation_graph

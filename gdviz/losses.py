@@ -138,8 +138,8 @@ def relational_angle_loss(student: Float[Tensor, "b d1"], teacher: Float[Tensor,
     def cosines(x: Tensor) -> Tensor:
         gram, distance = _gram_distances(_in_full_precision(x))
         inverse = torch.where(distance > 0, 1 / distance.clamp(min=torch.finfo(distance.dtype).tiny), 0.0)
-        inner = gram[None] - gram[:, :, None] - gram[:, None, :] + gram.diagonal()[:, None, None]  # [i, j, k]
-        return inner * inverse[:, :, None] * inverse[:, None, :]
+        offset = 0.5 * gram.diagonal()[:, None] - gram
+        return (gram + offset[:, :, None] + offset[:, None, :]) * inverse[:, :, None] * inverse[:, None, :]  # [i, j, k]
 
     return F.smooth_l1_loss(cosines(student), cosines(teacher.detach()))
 

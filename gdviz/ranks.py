@@ -7,6 +7,7 @@ the order of the batch back. With one process every function here changes nothin
 
 from __future__ import annotations
 
+import atexit
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -29,6 +30,13 @@ def start(*, cpu: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Others wait while the first one reads videos; that a rank has died is for the launcher to see.
         PartialState(cpu=cpu, timeout=timedelta(days=1))
+        atexit.register(_part)
+
+
+def _part() -> None:
+    """A process that ends with its group alive is aborted by gloo's threads, one time in four."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> int:

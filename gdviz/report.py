@@ -21,8 +21,9 @@ from gdviz.evaluate import accuracy, calibration_error, linear_probe, per_class_
 from gdviz.graphs import LogitsGraph, RepresentationGraph, effective_number
 from gdviz.knowledge import Knowledge, build_graphs
 from gdviz.models import Classifier, build_backbone
+from gdviz.readout import predict
 from gdviz.run import Run
-from gdviz.teachers import TeacherOutputs, calibration_temperature, predict
+from gdviz.teachers import TeacherOutputs, calibration_temperature
 
 
 def scores(run: Run) -> dict[tuple[str, str], list[float]]:

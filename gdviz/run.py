@@ -3,7 +3,7 @@
     config.json       profile, data and code version; a folder of another configuration is refused
     environment.json  what it ran on; source.json: where its videos are
     skipped.csv       videos that could not be read, and why
-    seedN/teachers/TASK/    teacher.safetensors, outputs.safetensors, history.jsonl, result.json
+    seedN/teachers/TASK/    teacher.safetensors, outputs.safetensors, clips/ (outputs by clip), history.jsonl, result.json
     seedN/edges.safetensors, edges-shuffled.safetensors
     seedN/students/METHOD/  student.safetensors, outputs.safetensors, history.jsonl, result.json,
                             representation_graph.safetensors (adapters) where that graph is used
@@ -41,10 +41,11 @@ from gdviz.knowledge import Knowledge, build_graphs, gather
 from gdviz.models import Classifier, build_backbone
 from gdviz.parallel import over_processes
 from gdviz.pretext import TASKS
-from gdviz.teachers import TeacherOutputs, outputs_of, predict, pretrain
+from gdviz.readout import open_clips, predict
+from gdviz.teachers import TeacherOutputs, outputs_of, pretrain
 from gdviz.training import Bookkeeping
 
-VERSION = 3  # raise when results change: folders of older code are then refused
+VERSION = 4  # raise when results change: folders of older code are then refused
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Run:
     device: str = "cpu"
     tensorboard: bool = False
 
-    def videos(self, workers: int = 1) -> VideoSet:
+    def videos(self, workers: int | str = 1) -> VideoSet:
         if self.data is None:
             return load_motion(self.profile.motion, self.profile.view, self.cache, workers=workers)
-        return load_folder(self.data, self.profile.view, self.cache / "cache", workers=max(2, workers))  # files of others may kill a reader
+        workers = workers if isinstance(workers, str) else max(2, workers)  # files of others may kill a reader
+        return load_folder(self.data, self.profile.view, self.cache / "cache", workers=workers)
 
     def teacher_folder(self, seed: int, task: str) -> Path:
         return self.folder / f"seed{seed}" / "teachers" / task
@@ -80,7 +82,11 @@ class Run:
         """What the finished teachers of a seed know."""
         tasks = self.profile.teachers.tasks
         files = {task: self.teacher_folder(seed, task) / "outputs.safetensors" for task in tasks}
-        return gather({task: TeacherOutputs(**load_tensors(file)) for task, file in files.items()}, videos)
+        outputs = {task: TeacherOutputs(**load_tensors(file)) for task, file in files.items()}
+        if self.profile.distillation.target == "video":
+            return gather(outputs, videos)
+        clips = (open_clips(file.parent / "clips", videos, self.profile.view_of(task)) for task, file in files.items())
+        return gather(outputs, videos, tuple(clips))
 
     def edges(self, seed: int, *, shuffled: bool = False) -> Edges:
         return Edges(**load_tensors(self.edges_folder(seed, shuffled) / "edges.safetensors"))
@@ -120,7 +126,7 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
         task, profile.teachers, view, videos,
         seed=seed, device=run.device, **run.bookkeeping(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None),
     )  # fmt: skip
-    model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed)
+    model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed, folder=folder)
     if not ranks.first():
         return
     test, labelled = videos.rows("test"), videos.rows("train")
@@ -137,7 +143,8 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
         "pretext": {head.metric: history[-1][head.metric]},
     }  # fmt: skip
     save_json(folder / "result.json", row)
-    (folder / "pretrain.ckpt").unlink(missing_ok=True)
+    for checkpoint in folder.glob("*.ckpt"):
+        checkpoint.unlink()
 
 
 def train_edges(run: Run, seed: int, shuffled: bool) -> None:
@@ -251,7 +258,7 @@ def default_folder(profile: Profile, data: Path | None) -> Path:
     return Path("runs") / f"{'motion' if data is None else data.stem}-{fingerprint(profile, data)[:8]}"
 
 
-def _begin(run: Run, workers: int) -> VideoSet:
+def _begin(run: Run, workers: int | str) -> VideoSet:
     """Claims the folder, reads the videos, sweeps, and notes what it runs on."""
     claim_folder(run)
     videos = run.videos(workers)
@@ -267,11 +274,11 @@ def _begin(run: Run, workers: int) -> VideoSet:
     return videos
 
 
-def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
+def execute(run: Run, *, workers: int | str) -> list[dict[str, Any]]:
     """Does what is left of a run; returns its metrics.
 
-    Jobs are shared among worker processes, or, where this process is one of several ranks, done one
-    after another by all ranks together; the first one writes, in a folder that all of them read.
+    Jobs are shared among ``workers`` processes, or the machines of the Dask scheduler at that address; or, where this
+    process is one of several ranks, done one after another by all ranks together. Whoever works reads the same folders.
 
     Raises:
         UserError: see ``claim_folder`` and ``gdviz.data``.
@@ -289,7 +296,7 @@ def execute(run: Run, *, workers: int) -> list[dict[str, Any]]:
         over_processes(work, jobs, workers, title=title if ranks.first() else None)
 
     teachers = [(s, t) for s in seeds for t in profile.teachers.tasks]
-    left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl")
+    left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl", "clips/index.json")
     do(partial(train_teacher, run, bar=bars), left, "teachers")
     controls = (False, True) if "both-shuffled" in methods else (False,)
     left = _left([(s, c) for s in seeds for c in controls], run.edges_folder, "edges.safetensors")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Unpack
 
 import torch
@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from gdviz import ranks
 from gdviz.config import Schedule, Teachers, View
-from gdviz.data.sampling import augment, clips_of, multi_views, to_float
+from gdviz.data.sampling import augment, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
+from gdviz.readout import device_of, predict, read_out, stamp_of
 from gdviz.tap import TappedClassifier
 from gdviz.training import Bookkeeping, train
 
@@ -40,10 +41,6 @@ class TeacherOutputs:
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(vars(self))
-
-
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def pretrain(
@@ -83,7 +80,14 @@ def pretrain(
 
 
 def fit(
-    backbone: Backbone | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, schedule: Schedule, *, seed: int
+    backbone: Backbone | TappedClassifier,
+    videos: VideoSet,
+    rows: Tensor,
+    view: View,
+    schedule: Schedule,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
 ) -> Classifier | TappedClassifier:
     """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``; one that has its classes stays as it is.
 
@@ -104,30 +108,11 @@ def fit(
     def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
         own = ranks.deal(rows)
         with ranks.dealt(rng):
-            clips = augment(clips_of(videos.batch(own).to(device), view.length, view.stride, rng), rng)
+            clips = augment(to_float(videos.clips(own, view.length, view.stride, rng).to(device)).transpose(1, 2), rng)
         return cross_entropy(model(clips)[0], videos.labels[own].to(device)), {}
 
-    train(model, step, rows, schedule, seed=seed)
+    train(model, step, rows, schedule, seed=seed, checkpoint=checkpoint)
     return model
-
-
-@torch.no_grad()
-def predict(
-    model: Classifier | TappedClassifier, videos: VideoSet, rows: Tensor, view: View, batch: int = 128, *, crops: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Logits [n, c] and features [n, d] of ``rows``, means over ``view.clips`` clips a video and ``crops`` of each; ranks share them."""
-    model.eval()
-    device = device_of(model)
-
-    def average(part: Tensor) -> list[Tensor]:
-        frames = videos.batch(part).to(device)
-        seen = [model(clips) for clips in multi_views(frames, view.length, view.stride, view.clips, crops)]
-        return [torch.stack(outputs).mean(0) for outputs in zip(*seen, strict=True)]
-
-    even = rows[torch.arange(math.ceil(len(rows) / ranks.world()) * ranks.world()) % len(rows)]  # the last ones may be read twice
-    seen = zip(*map(average, ranks.deal(even).split(batch)), strict=True)
-    logits, features = (ranks.gather(torch.cat(parts).float())[: len(rows)].cpu() for parts in seen)
-    return logits, features
 
 
 def calibration_temperature(logits: Float[Tensor, "n c"], labels: Tensor) -> Tensor:
@@ -154,20 +139,35 @@ def folds_of(labels: Tensor, groups: list[str], folds: int, seed: int) -> Tensor
 
 
 def outputs_of(
-    backbone: Backbone | TappedClassifier, videos: VideoSet, cfg: Teachers, view: View, *, seed: int
+    backbone: Backbone | TappedClassifier, videos: VideoSet, cfg: Teachers, view: View, *, seed: int, folder: Path | None = None
 ) -> tuple[Classifier | TappedClassifier, TeacherOutputs]:
-    """Fits the teacher's head and reads it out on every video, labelled ones by cross-fitting."""
+    """Fits the teacher's head and reads it out on every clip of every video, labelled ones by cross-fitting.
+
+    With ``folder``, the fits resume from checkpoints ``fit-*.ckpt`` there, which the caller removes, and outputs
+    by clip stay in its ``clips/`` (:mod:`gdviz.readout`). Outputs are rounded to half precision, kept or not.
+    """
     train_rows = videos.rows("train")
     labels = videos.labels[train_rows]
-    model = fit(backbone, videos, train_rows, view, cfg.fit, seed=seed)
-    logits, features = predict(model, videos, torch.arange(len(videos.splits)), view)
+    fold = torch.full((len(videos.splits),), -1)
+    fold[train_rows] = folds_of(labels, [videos.groups[i] for i in train_rows], cfg.folds, seed)
+    parts = [train_rows, *(train_rows[fold[train_rows] != number] for number in range(int(fold.max()) + 1))]
+    model, *without = (
+        fit(backbone, videos, rows, view, cfg.fit, seed=seed, checkpoint=folder and folder / f"fit-{number}.ckpt")
+        for number, rows in enumerate(parts)
+    )
+
+    def say(rows: Tensor) -> dict[str, Tensor]:
+        logits, features = predict(model, videos, rows, view, each=True)
+        held = features.clone()
+        for number, judge in enumerate(without):
+            own = fold[rows] == number
+            if own.any():
+                logits[own], held[own] = predict(judge, videos, rows[own], view, each=True)
+        return {"logits": logits, "features": features, "held": held[fold[rows] >= 0]}
+
+    clips = read_out(say, videos, view, folder and folder / "clips", stamp_of([model, *without], videos, view))
+    logits, features = clips.mean("logits"), clips.mean("features")
     held_features = features.clone()
-    fold = folds_of(labels, [videos.groups[i] for i in train_rows], cfg.folds, seed)
-    for number in range(int(fold.max()) + 1):
-        held = train_rows[fold == number]
-        without = fit(backbone, videos, train_rows[fold != number], view, cfg.fit, seed=seed)
-        logits[held], held_features[held] = predict(without, videos, held, view)
-    everywhere = torch.full((len(videos.splits),), -1)
-    everywhere[train_rows] = fold
+    held_features[fold >= 0] = clips.mean("held")
     temperature = calibration_temperature(logits[train_rows], labels)
-    return model, TeacherOutputs(logits, features, held_features, everywhere, temperature)
+    return model, TeacherOutputs(logits, features, held_features, fold, temperature)

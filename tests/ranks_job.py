@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from conftest import memory_set
@@ -14,6 +15,7 @@ from gdviz.graphs import LogitsGraph, RepresentationGraph, zero_one_cost
 from gdviz.knowledge import build_graphs, gather
 from gdviz.models import Backbone
 from gdviz.pretext import TASKS
+from gdviz.readout import open_clips
 
 TASKS_SEEN = ("order", "coherence", "registration", "pace", "prediction")
 
@@ -53,7 +55,7 @@ def graph_losses() -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in found.items()} | {k: g / ranks.world() for k, g in grads.items()}
 
 
-def trainings() -> dict[str, object]:
+def trainings(folder: Path) -> dict[str, object]:
     """Histories of every kind of training, and what a teacher says in the end."""
     teachers.build_backbone = distill.build_backbone = backbone
     rng = torch.Generator().manual_seed(2)
@@ -66,15 +68,17 @@ def trainings() -> dict[str, object]:
     for task in TASKS_SEEN:
         trunk, _, found[task] = teachers.pretrain(task, cfg, view, videos, seed=0)
         if task in TASKS_SEEN[:2]:
-            _, outputs[task] = teachers.outputs_of(trunk, videos, cfg, view, seed=0)
+            _, outputs[task] = teachers.outputs_of(trunk, videos, cfg, view, seed=0, folder=folder / task)
             found[f"{task}, outputs"] = outputs[task].tensors()
-    knowledge = gather(outputs, videos)
+    knowledge = gather(outputs, videos, tuple(open_clips(folder / task / "clips", videos, view) for task in outputs))
     knowledge = replace(knowledge, features=[f.double() for f in knowledge.features])  # read out in float32
     how = Distillation("", schedule, labelled_batch=4, edges=Edges(refreshes=2, gate_steps=2))
     edges = learn_edges(knowledge, *build_graphs(knowledge, 1, videos.training_rows, how), how.edges, seed=0)
     for method in ("labels", "both-graphs", "kd-learned", "crd", "rkd", "fitnets"):
         student, found[method] = distill.distill(method, knowledge, edges, videos, view, how, seed=0)
         found[f"{method}, balance"] = dict(student.balance.named_buffers())
+    by_clip = replace(how, target="clip")
+    found["both-graphs by clip"] = distill.distill("both-graphs", knowledge, edges, videos, view, by_clip, seed=0)[1]
     return found
 
 
@@ -83,5 +87,5 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     ranks.start(cpu=True)
     assert set(TASKS_SEEN) <= set(TASKS)
-    found = {"losses": graph_losses(), "trainings": trainings(), "world": ranks.world()}
+    found = {"losses": graph_losses(), "trainings": trainings(Path(f"{sys.argv[1]}/of-{ranks.world()}")), "world": ranks.world()}
     torch.save(found, f"{sys.argv[1]}/{ranks.world()}-{ranks.rank()}.pt")

@@ -2,15 +2,18 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from jobs import refuse, work
+from test_run import assert_same_run
 
 from gdviz.artefacts import UserError
 from gdviz.config import View
 from gdviz.data.videos import load_folder
 from gdviz.parallel import Lost, over_processes
+from gdviz.run import execute
 
 distributed = pytest.importorskip("distributed")
 dask = pytest.importorskip("dask")
@@ -40,6 +43,13 @@ def test_two_workers_do_what_two_processes_do(address, tmp_path, video_folder):
     root, view = video_folder(count=20), View(size=16, frames=6, cache="jpeg")
     one, two = (load_folder(root, view, tmp_path / str(workers)[:3], workers=workers) for workers in (1, address))
     assert torch.equal(one.batch(torch.arange(40)), two.batch(torch.arange(40)))
+
+
+@pytest.mark.slow
+def test_a_run_on_two_machines_is_that_of_one(address, finished, tmp_path):
+    run = replace(finished, folder=tmp_path / "run", cache=tmp_path / "data")
+    assert execute(run, workers=address) == finished.metrics()
+    assert_same_run(finished.folder, run.folder)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from sklearn.model_selection import GridSearchCV
 
 from gdviz.data.sampling import to_float
 from gdviz.evaluate import linear_probe, per_class_accuracy, retrieval
+from gdviz.readout import predict
 from gdviz.report import evaluation
-from gdviz.teachers import predict
 
 
 def draw(*shape, seed=0):

@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "ranks"),
     ("graphs", "models", "losses"),
     ("data", "tap"),
-    ("pretext", "training"),
+    ("pretext", "training", "readout"),
     ("teachers", "evaluate"),
     ("knowledge",),
     ("edges",),

@@ -28,7 +28,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
         command = [*launch, str(REPO / "tests/ranks_job.py"), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)})
         assert done.returncode == 0, done.stderr[-3000:]
-    return {file.stem: torch.load(file) for file in sorted(folder.iterdir())}
+    return {file.stem: torch.load(file) for file in sorted(folder.glob("*.pt"))}
 
 
 def numbers(tree: object, path: str = "") -> dict[str, torch.Tensor]:

@@ -102,7 +102,8 @@ def test_killed_after_every_checkpoint(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_EVERY_S", -1.0)
     monkeypatch.setattr(training, "save_checkpoint", save_and_die)
     attempts = until_done(another(finished, tmp_path / "run"), Killed)
-    assert attempts == len(saved) // 3 and len(saved) == 10 * (len(TINY.teachers.tasks) + len(TINY.methods))
+    trainings = (2 + TINY.teachers.folds) * len(TINY.teachers.tasks) + len(TINY.methods)  # teachers are fitted, too
+    assert attempts == len(saved) // 3 and len(saved) == 10 * trainings
     assert len(set(saved)) == 5 * len({path for path, _ in saved})
     assert_same_run(finished.folder, tmp_path / "run")
 
@@ -207,7 +208,7 @@ def test_labelled_clips_are_judged_by_a_teacher_that_did_not_see_them(finished):
     assert ((out.fold >= 0) == train).all()
     state = load_tensors(finished.teacher_folder(0, "order") / "teacher.safetensors")
     whole = out.features @ state["model.fc.weight"].T + state["model.fc.bias"]
-    same = (whole - out.logits).abs().amax(1) < 1e-4
+    same = (whole - out.logits).abs().amax(1) < 2e-3  # outputs are kept in half precision
     assert same[~train].all()
     assert not same[train].any()
 

@@ -12,8 +12,9 @@ from torchvision.models import WeightsEnum, video
 from gdviz.config import Distillation, Schedule, Teachers, View
 from gdviz.knowledge import build_graphs, gather
 from gdviz.models import Classifier, build_backbone
+from gdviz.readout import predict
 from gdviz.tap import TappedBackbone, TappedClassifier
-from gdviz.teachers import fit, outputs_of, predict
+from gdviz.teachers import fit, outputs_of
 
 VIEW = View(size=16, frames=6, length=4, stride=1, clips=2)
 TINY = Teachers(fit=Schedule(epochs=1, batch=4, min_steps=2), folds=2)
@@ -162,7 +163,7 @@ def test_foreign_teachers_go_through_to_a_loss_with_a_gradient(swin, videos):
     outputs = {name: outputs_of(teacher, videos, TINY, VIEW, seed=0)[1] for name, teacher in teachers.items()}
     assert all(torch.equal(v, before[k]) for k, v in swin.state_dict().items())
     whole = predict(teachers["own-head"], videos, torch.arange(16), VIEW)[0]
-    assert torch.equal(outputs["own-head"].logits, whole)  # nothing was fitted
+    assert torch.allclose(outputs["own-head"].logits, whole, atol=1e-3)  # nothing was fitted; kept in half precision
     assert torch.equal(outputs["swin"].features, outputs["swin"].held_features)  # frozen: every fold's copy has the same
     knowledge = gather(outputs, videos)
     logits_graph, representation_graph = build_graphs(knowledge, 5, videos.training_rows, Distillation())

@@ -20,7 +20,8 @@ from gdviz.data.sampling import clips_of
 from gdviz.distill import _Balance
 from gdviz.models import Classifier, build_backbone
 from gdviz.parallel import Stopped
-from gdviz.teachers import calibration_temperature, folds_of, predict
+from gdviz.readout import predict
+from gdviz.teachers import calibration_temperature, folds_of
 from gdviz.training import learning_rate, train
 
 PLAN = Schedule(epochs=6, batch=8, lr=1e-2)
@@ -359,17 +360,19 @@ def test_balance_gives_a_loss_its_share_of_the_gradient():
 
 def test_no_labelled_clip_is_judged_by_a_teacher_that_saw_its_label(monkeypatch):
     class Videos:
+        fingerprint = "none"
         splits, groups = ("train",) * 9 + ("test",) * 3, tuple("abcdefghijkl")
         labels = torch.arange(12) % 3
 
         def rows(self, split):
             return torch.tensor([i for i, s in enumerate(self.splits) if s == split])
 
-    def knows(fitted_on, videos, rows, view):
-        seen = torch.isin(rows, fitted_on).float()[:, None]
-        return seen.expand(-1, 3).clone(), seen
+    def knows(fitted_on, videos, rows, view, each):
+        seen = torch.isin(rows, fitted_on).float()[:, None, None]
+        return seen.expand(-1, 2, 3).clone(), seen
 
-    monkeypatch.setattr(teachers, "fit", lambda backbone, videos, rows, view, schedule, *, seed: rows)
+    monkeypatch.setattr(teachers, "fit", lambda backbone, videos, rows, view, schedule, *, seed, checkpoint: rows)
+    monkeypatch.setattr(teachers, "stamp_of", lambda *_: "")
     monkeypatch.setattr(teachers, "predict", knows)
     model, outputs = teachers.outputs_of(None, Videos(), Teachers(folds=3), View(), seed=0)
     assert model.tolist() == list(range(9))  # the teacher itself is fitted on all

@@ -16,7 +16,7 @@ def to_float(frames: Tensor) -> Tensor:
 
 
 def starts_and_strides(
-    count: int, frames: int, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5
+    count: int, frames: int, length: int, stride: int | Tensor, rng: Generator | None = None, place: float | Tensor = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Where the clips of ``count`` videos start and how far apart their frames are, [count] each: see :func:`pick_frames`."""
     if frames < length:
@@ -26,7 +26,7 @@ def starts_and_strides(
     return (room * place).long() if rng is None else (torch.rand(count, generator=rng) * (room + 1)).long(), stride
 
 
-def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generator | None = None, place: float = 0.5) -> Tensor:
+def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generator | None = None, place: float | Tensor = 0.5) -> Tensor:
     """Takes ``length`` frames, ``stride`` frames apart, from each video: [b, f, ...] to [b, length, ...].
 
     Args:
@@ -35,7 +35,7 @@ def pick_frames(videos: Tensor, length: int, stride: int | Tensor, rng: Generato
         stride: distance between frames; one for all, or one a video [b]. Lowered to the largest
             that fits when the videos are too short for it.
         rng: draws the starts uniformly; None puts them all at ``place``.
-        place: where clips start, from 0 (the first frame) over 0.5 (centred) to 1 (the last that fits).
+        place: where clips start, from 0 (the first frame) over 0.5 (centred) to 1 (the last that fits); one for all, or one a video.
 
     Raises:
         ValueError: the videos have fewer frames than a clip.
@@ -54,9 +54,16 @@ def sample_clips(
     return pick_frames(videos, length, stride, rng).transpose(1, 2)
 
 
-def clips_of(frames: Tensor, length: int, stride: int, rng: Generator | None = None, place: float = 0.5) -> Float[Tensor, "b 3 t h w"]:
+def clips_of(
+    frames: Tensor, length: int, stride: int, rng: Generator | None = None, place: float | Tensor = 0.5
+) -> Float[Tensor, "b 3 t h w"]:
     """``sample_clips(to_float(frames), ...)`` of raw frames [b, f, h, w, 3]; only those of the clip are converted."""
     return to_float(pick_frames(frames, length, stride, rng, place)).transpose(1, 2)
+
+
+def clip_places(clips: int) -> list[float]:
+    """Where that many clips of a video start, evenly from its start to its end; one is in the middle."""
+    return torch.linspace(0, 1, clips).tolist() if clips > 1 else [0.5]
 
 
 def multi_views(
@@ -79,7 +86,7 @@ def multi_views(
         raise ValueError(f"crops={crops}, side={side}: needs one crop or more, within {height} x {width} pixels")
     room = frames.shape[1] - 1 - min(stride, (frames.shape[1] - 1) // max(length - 1, 1)) * (length - 1)
     dense = [min(1.0, (start + 0.5) / max(room, 1)) for start in range(room + 1)]  # + 0.5: starts are rounded down
-    for place in dense if clips is None else torch.linspace(0, 1, clips).tolist() if clips > 1 else [0.5]:
+    for place in dense if clips is None else clip_places(clips):
         clip = clips_of(frames, length, stride, place=place)
         for share in torch.linspace(0, 1, crops).tolist() if crops > 1 else [0.5]:
             along, across = share if height > width else 0.5, share if height <= width else 0.5

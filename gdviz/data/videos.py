@@ -55,10 +55,10 @@ class VideoSet:
         """uint8 tensor [b, f, h, w, 3]."""
         return self._read(rows, [slice(None)] * len(rows))
 
-    def clips(self, rows: Tensor, length: int, stride: int = 1, rng: Generator | None = None) -> Tensor:
+    def clips(self, rows: Tensor, length: int, stride: int = 1, rng: Generator | None = None, place: float | Tensor = 0.5) -> Tensor:
         """``pick_frames(self.batch(rows), ...)`` that touches the frames of the clips only: uint8 [b, length, h, w, 3]."""
         # A slice is copied once, in one piece; numbers of frames would be copied frame by frame.
-        drawn = starts_and_strides(len(rows), self.pixels.shape[1], length, stride, rng)
+        drawn = starts_and_strides(len(rows), self.pixels.shape[1], length, stride, rng, place)
         return self._read(rows, [slice(s, s + (length - 1) * d + 1, max(d, 1)) for s, d in zip(*(x.tolist() for x in drawn), strict=True)])
 
 
