@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -288,7 +289,7 @@ def test_too_few_labelled_videos_are_found_before_training(tmp_path):
 # --- slow: real processes
 
 
-def start(run: Run, *more: str, launch: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+def start(run: Run, *more: str, launch: tuple[str, ...] = (sys.executable,), main: tuple[str, ...] = ()) -> subprocess.Popen:
     """``gdviz run`` with small settings, as a process group of its own."""
     flags = (
         "--motion.labelled 4 --motion.unlabelled 3 --motion.test 2 --motion.size 32 --motion.frames 12 --view.size 16 --view.frames 12 "
@@ -297,7 +298,7 @@ def start(run: Run, *more: str, launch: tuple[str, ...] = (sys.executable,)) -> 
         "--distillation.schedule.epochs 30 --distillation.schedule.batch 16 --distillation.edges.refreshes 300 --seeds 0 "
         "--methods labels both-graphs both-shuffled"
     )
-    command = [*launch, "-m", "gdviz.cli", "run", *flags.split(), "--out", str(run.folder), "--cache", str(run.cache), *more]
+    command = [*launch, *(main or ("-m", "gdviz.cli")), "run", *flags.split(), "--out", str(run.folder), "--cache", str(run.cache), *more]
     # Few words of progress: while nobody reads its pipe, a process that fills it waits for ever.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "TQDM_MININTERVAL": "10"}
     return subprocess.Popen(
@@ -319,8 +320,8 @@ def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-def test_sigkill_in_every_phase_changes_nothing(tmp_path):
-    """Killed while videos are drawn, and in the middle of teachers, edges and students; with two workers, against one."""
+def test_sigkill_in_every_phase_and_at_random_moments_changes_nothing(tmp_path):
+    """Killed while videos are drawn, and in the middle of teachers, edges and students; with two workers, against one. Then whenever."""
     calm = Run(TINY, tmp_path / "calm", cache=tmp_path / "calm-data")
     process = start(calm, "--workers", "1")
     text, _ = process.communicate(timeout=900)
@@ -337,12 +338,32 @@ def test_sigkill_in_every_phase_changes_nothing(tmp_path):
     for ready in phases.values():
         kill_when(start(run, "--workers", "2"), ready)
         assert not (run.folder / "metrics.jsonl").exists()
-    process = start(run, "--workers", "2")
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text[-2000:]
-    old, new = ((folder / "metrics.jsonl").read_text() for folder in (calm.folder, run.folder))
-    assert old == new
-    assert_same_run(calm.folder, run.folder)
+
+    def finish(process: subprocess.Popen, folder: Path) -> None:
+        text, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, text[-2000:]
+        assert_same_run(calm.folder, folder)
+
+    finish(start(run, "--workers", "2"), run.folder)
+    begun, rng = tmp_path / "begun", random.Random(0)
+    hasty = f"import gdviz.training as t; t.SAVE_EVERY_S = 0.2; open({str(begun)!r}, 'w'); from gdviz.cli import main; main()"
+    kills, again = 0, 0
+    while kills < 20:
+        begun.unlink(missing_ok=True)
+        run = Run(TINY, tmp_path / f"random{again}", cache=tmp_path / f"random-data{again}")
+        process = start(run, "--workers", "1", main=("-c", hasty))
+        while not begun.exists():
+            assert process.poll() is None, process.stdout.read()[-2000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 3))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        else:  # it got through
+            finish(process, run.folder)
+            again += 1
+    finish(start(run, "--workers", "1"), run.folder)
 
 
 @pytest.mark.slow
