@@ -234,6 +234,11 @@ def check_names(profile: Profile) -> None:
                 raise UserError(f"{flag}: unknown {name!r}; choose from {', '.join(known[flag])}")
     if not 1 < view.length < view.frames:
         raise UserError(f"--view.length {view.length}: needs two frames or more, and fewer than the {view.frames} of --view.frames")
+    for task, stride in zip(teachers.tasks, teachers.strides, strict=True):
+        try:
+            TASKS[task](1, view.length, stride).views(torch.zeros(6, view.frames, 3, 24, 24), torch.Generator())
+        except ValueError as error:
+            raise UserError(f"--teachers.tasks {task}: {error}") from None
     for flag, schedule in {
         "--teachers.pretrain": teachers.pretrain, "--teachers.fit": teachers.fit, "--distillation.schedule": distillation.schedule,
     }.items():  # fmt: skip

@@ -259,6 +259,10 @@ BAD = {
     "strides": (vary("teachers", strides=(1, 2, 3)), "--teachers.strides: 3 strides for 2 tasks"),
     "no seeds": (vary("", seeds=()), "--seeds"),
     "clip": (vary("view", length=12), "--view.length 12"),
+    "long clip": (
+        replace(vary("view", length=11), teachers=replace(TINY.teachers, tasks=("order", "clip-order"))),
+        "--teachers.tasks clip-order: ",
+    ),
     "parts": (vary("teachers", fit=replace(TINY.teachers.fit, accumulate=3)), "--teachers.fit: 16 clips"),
     "average": (vary("distillation", schedule=replace(TINY.distillation.schedule, ema=1.0)), "--distillation.schedule: needs"),
     "epochs": (vary("teachers", pretrain=replace(TINY.teachers.pretrain, epochs=0)), "--teachers.pretrain"),

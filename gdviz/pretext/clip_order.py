@@ -18,7 +18,8 @@ class ClipOrder(nn.Module):
 
     As in the paper, features are concatenated pair by pair, ``g_ij = relu(W [f_i, f_j])``, and classified from all
     ``g_ij`` together, and the gaps are half a sub-clip. Ours: sub-clips are half a clip, so that three fit, and one
-    augmentation serves all three, so that nothing but motion tells them apart; no dropout. On the embedded data, where all
+    augmentation serves all three, so that nothing but motion tells them apart; no dropout. Published for R3D, pre-trained and
+    fine-tuned on UCF101: 64.9 % there, 29.5 % on HMDB51. On the embedded data, where all
     motion is cyclic, a tiny16 was still at chance after 60 passes.
     """
 

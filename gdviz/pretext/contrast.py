@@ -16,7 +16,8 @@ class Contrast(nn.Module):
 
     Two starts drawn evenly lie d frames apart with a chance that falls linearly in d, the law the paper chose. Each clip
     has one augmentation in all of its frames; ours is milder than the paper's (no rescaled crop, no blur), and appearance
-    does answer much of this task. Metric: the share of other videos' clips that are farther than the partner. Chance: 1/2.
+    does answer much of this task. Published for an R3D-50 on Kinetics-600: 70.4 % by a linear probe. Metric: the share of
+    other videos' clips that are farther than the partner. Chance: 1/2.
     """
 
     metric, chance = "ranked", 1 / 2

@@ -17,7 +17,8 @@ class MaskedVideo(nn.Module):
     Target: cubes of two frames and 3 x 3 pixels (larger videos are averaged down to 24 x 24), each with its own mean and
     deviation taken out, per colour. Loss: mean squared error over hidden cubes, divided by that of painting the means.
     Metric: 1 - loss, the share explained (chance 0). Unlike the paper's: a convolutional backbone cannot leave tokens out,
-    so hidden pixels are blanked (grey) and cost time; the decoder is two convolutions on its last maps. On the embedded data
+    so hidden pixels are blanked (grey) and cost time; the decoder is two convolutions on its last maps. Published for a ViT-B,
+    pre-trained on the same set and fine-tuned: 91.3 % on UCF101, 62.6 % on HMDB51. On the embedded data
     a tiny16 explained 0.01 after 20 passes, and 0.04 with half of the cells hidden.
     """
 

@@ -12,7 +12,11 @@ from gdviz.models import Backbone
 
 
 class PlaybackPace(nn.Module):
-    """Classifies the stride a clip was sampled with, one of 1, 2, 3. Loss: cross-entropy. Chance: 1/3."""
+    """Classifies the stride a clip was sampled with, one of 1, 2, 3. Loss: cross-entropy. Chance: 1/3.
+
+    Published (Wang et al., together with a contrastive loss) for R(2+1)D, pre-trained on Kinetics and fine-tuned: 77.1 % on
+    UCF101, 36.6 % on HMDB51.
+    """
 
     metric, chance = "accuracy", 1 / 3
     strides = (1, 2, 3)

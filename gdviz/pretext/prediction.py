@@ -15,7 +15,8 @@ class FuturePrediction(nn.Module):
     """Predicts what changes between a clip's last frame and the frame one stride later.
 
     Loss: mean squared error of the predicted change, divided by that of "nothing changes".
-    Metric: the share of the change explained, 1 - loss (copying the last frame: 0).
+    Metric: the share of the change explained, 1 - loss (copying the last frame: 0). A ratio of means over
+    the batch: over ranks, that of each one's part. Its papers report no such number.
     """
 
     metric, chance = "explained", 0.0

@@ -15,6 +15,7 @@ class Rotation(nn.Module):
     """Classifies by how many quarter turns a whole clip was turned. Loss: cross-entropy. Metric: accuracy. Chance: 1/4.
 
     All four forms of a clip share a batch (Gidaris et al.), so that what is seen cannot answer, only how it stands.
+    Published for a 3D ResNet-18, pre-trained on Kinetics and fine-tuned: 62.9 % on UCF101, 33.7 % on HMDB51.
     Where the world has no up and down there is little to learn: on the embedded data a tiny16 was right on 0.35 of its
     training clips after 60 passes.
     """
