@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gdviz.artefacts import UserError
-
 METHODS = ("labels", "kd-best", "kd-uniform", "logits-graph", "representation-graph", "both-graphs", "both-shuffled")
 
 
@@ -75,7 +73,7 @@ class Teachers:
     """Pre-training and fitting of the teachers."""
 
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
-    """pretext tasks, one teacher each"""
+    """pretext tasks, one teacher each; MODULE:FUNCTION for one of your own, a gdviz.tap.TappedBackbone or TappedClassifier"""
     strides: tuple[int, ...] = (2, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16m"
@@ -147,15 +145,6 @@ class Profile:
     def view_of(self, task: str) -> View:
         """The teacher's own view."""
         return replace(self.view, stride=self.teachers.strides[self.teachers.tasks.index(task)])
-
-    def check(self) -> None:
-        """Raises UserError when parts do not fit together; called before any work is done."""
-        teachers = self.teachers
-        if len(teachers.tasks) != len(teachers.strides) or not teachers.tasks:
-            raise UserError(f"--teachers.strides: {len(teachers.strides)} strides for {len(teachers.tasks)} tasks; give one each")
-        for name, values in {"--seeds": self.seeds, "--methods": self.methods, "--teachers.tasks": teachers.tasks}.items():
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"{name}: needs at least one value and none twice, got {' '.join(map(str, values)) or 'none'}")
 
 
 def _profiles() -> dict[str, Profile]:

@@ -20,10 +20,9 @@ from gdviz.edges import Edges
 from gdviz.evaluate import accuracy, calibration_error, linear_probe, per_class_accuracy, retrieval
 from gdviz.graphs import LogitsGraph, RepresentationGraph, effective_number
 from gdviz.knowledge import Knowledge, build_graphs
-from gdviz.models import Classifier, build_backbone
 from gdviz.readout import predict
 from gdviz.run import Run
-from gdviz.teachers import TeacherOutputs, calibration_temperature
+from gdviz.teachers import TeacherOutputs, build_teacher, calibration_temperature
 
 
 def scores(run: Run) -> dict[tuple[str, str], list[float]]:
@@ -91,12 +90,12 @@ def _scaled(logits: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 
 
 def _before_labels(run: Run, videos: VideoSet, seed: int, task: str) -> Tensor:
-    """Features of a teacher's backbone as the pretext task left it, for the labelled and the test videos."""
-    backbone = build_backbone(run.profile.teachers.backbone)
+    """Features of a teacher's backbone as the pretext task left it, or of one's own, for the labelled and the test videos."""
+    model = build_teacher(task, run.profile.teachers, len(videos.label_names)).to(run.device)  # its head is not used
     state = load_tensors(run.teacher_folder(seed, task) / "teacher.safetensors").items()
-    backbone.load_state_dict({k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")})
-    model = Classifier(backbone, len(videos.label_names)).to(run.device)  # its head is not used
-    rows, features = torch.cat([videos.rows("train"), videos.rows("test")]), torch.zeros(len(videos.splits), backbone.dim)
+    if before := {k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")}:
+        model.backbone.load_state_dict(before)
+    rows, features = torch.cat([videos.rows("train"), videos.rows("test")]), torch.zeros(len(videos.splits), model.backbone.dim)
     features[rows] = predict(model, videos, rows, run.profile.view_of(task))[1]
     return features
 

@@ -32,17 +32,18 @@ from tqdm.auto import tqdm
 
 from gdviz import ranks
 from gdviz.artefacts import UserError, atomic, fingerprint, from_plain, load_json, load_tensors, plain, save_json, save_jsonl, save_tensors
+from gdviz.checks import check_profile
 from gdviz.config import Profile
 from gdviz.data.videos import VideoSet, load_folder, load_motion
-from gdviz.distill import distill, methods_of
+from gdviz.distill import distill
 from gdviz.edges import Edges, learn_edges
 from gdviz.evaluate import accuracy, calibration_error, footprint, shortcut_baselines
 from gdviz.knowledge import Knowledge, build_graphs, gather
 from gdviz.models import Classifier, build_backbone
 from gdviz.parallel import over_processes
-from gdviz.pretext import TASKS
 from gdviz.readout import open_clips, predict
-from gdviz.teachers import TeacherOutputs, outputs_of, pretrain
+from gdviz.tap import own_teacher
+from gdviz.teachers import TeacherOutputs, build_teacher, outputs_of, pretrain
 from gdviz.training import Bookkeeping
 
 VERSION = 4  # raise when results change: folders of older code are then refused
@@ -122,17 +123,21 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     """Pre-trains, fits and reads out one teacher."""
     folder, videos, profile = run.teacher_folder(seed, task), _videos(run), run.profile
     view = profile.view_of(task)
-    backbone, head, history = pretrain(
-        task, profile.teachers, view, videos,
-        seed=seed, device=run.device, **run.bookkeeping(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None),
-    )  # fmt: skip
+    if ":" in task:
+        backbone, history, pretext, state = own_teacher(task).to(run.device), [], {}, {}
+    else:
+        backbone, head, history = pretrain(
+            task, profile.teachers, view, videos,
+            seed=seed, device=run.device, **run.bookkeeping(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None),
+        )  # fmt: skip
+        pretext = {head.metric: history[-1][head.metric]}
+        state = {f"task.{k}": v for k, v in head.state_dict().items()} | {f"pretrained.{k}": v for k, v in backbone.state_dict().items()}
     model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed, folder=folder)
     if not ranks.first():
         return
     test, labelled = videos.rows("test"), videos.rows("train")
     probs = torch.softmax(outputs.logits[test] / outputs.temperature, 1)
-    state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"task.{k}": v for k, v in head.state_dict().items()}
-    save_tensors(folder / "teacher.safetensors", state | {f"pretrained.{k}": v for k, v in backbone.state_dict().items()})
+    save_tensors(folder / "teacher.safetensors", {f"model.{k}": v for k, v in model.state_dict().items()} | state)
     save_tensors(folder / "outputs.safetensors", outputs.tensors())
     save_jsonl(folder / "history.jsonl", history)
     row = {
@@ -140,7 +145,7 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
         "accuracy": accuracy(outputs.logits[test], videos.labels[test]),
         "out_of_fold": accuracy(outputs.logits[labelled], videos.labels[labelled]),
         "calibration_error": calibration_error(probs, videos.labels[test]),
-        "pretext": {head.metric: history[-1][head.metric]},
+        "pretext": pretext,
     }  # fmt: skip
     save_json(folder / "result.json", row)
     for checkpoint in folder.glob("*.ckpt"):
@@ -224,41 +229,6 @@ def claim_folder(run: Run, videos: VideoSet | None = None) -> None:
         save_json(file, config)
 
 
-def check_names(profile: Profile) -> None:
-    """Raises UserError for a task, backbone or method that nothing answers to, or a clip that fits no video: before any work."""
-    teachers, distillation, view = profile.teachers, profile.distillation, profile.view
-    known = {"--teachers.tasks": list(TASKS), "--methods": methods_of(teachers.tasks)}
-    for flag, names in {"--teachers.tasks": teachers.tasks, "--methods": profile.methods}.items():
-        for name in names:
-            if name not in known[flag]:
-                raise UserError(f"{flag}: unknown {name!r}; choose from {', '.join(known[flag])}")
-    if not 1 < view.length < view.frames:
-        raise UserError(f"--view.length {view.length}: needs two frames or more, and fewer than the {view.frames} of --view.frames")
-    for task, stride in zip(teachers.tasks, teachers.strides, strict=True):
-        try:
-            TASKS[task](1, view.length, stride).views(torch.zeros(6, view.frames, 3, 24, 24), torch.Generator())
-        except ValueError as error:
-            raise UserError(f"--teachers.tasks {task}: {error}") from None
-    for flag, schedule in {
-        "--teachers.pretrain": teachers.pretrain, "--teachers.fit": teachers.fit, "--distillation.schedule": distillation.schedule,
-    }.items():  # fmt: skip
-        if schedule.epochs < 1 or schedule.batch < 2:
-            raise UserError(f"{flag}: needs one epoch or more and batches of two or more")
-        if not (schedule.accumulate > 0 and 0 <= schedule.ema < 1 and 0 <= schedule.warmup <= 1 and schedule.clip >= 0):
-            raise UserError(f"{flag}: needs accumulate > 0, ema in [0, 1), warmup in [0, 1] and clip >= 0")
-        if schedule.batch % (ranks.world() * schedule.accumulate) or distillation.labelled_batch % ranks.world():
-            raise UserError(
-                f"{flag}: {schedule.batch} clips (and --distillation.labelled-batch {distillation.labelled_batch}) cannot be dealt out "
-                f"evenly to {ranks.world()} processes in {schedule.accumulate} parts"
-            )
-    for flag, name in {"--teachers.backbone": teachers.backbone, "--distillation.student": distillation.student}.items():
-        try:
-            with torch.device("meta"):  # nothing is allocated, but sizes are checked
-                build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
-
-
 def default_folder(profile: Profile, data: Path | None) -> Path:
     return Path("runs") / f"{'motion' if data is None else data.stem}-{fingerprint(profile, data)[:8]}"
 
@@ -289,8 +259,7 @@ def execute(run: Run, *, workers: int | str) -> list[dict[str, Any]]:
         UserError: see ``claim_folder`` and ``gdviz.data``.
     """
     profile = run.profile
-    profile.check()
-    check_names(profile)
+    check_profile(profile)
     torch.set_flush_denormal(True)  # see gdviz.parallel: a single worker is this process
     videos = _begin(run, workers) if ranks.first() else None
     seeds, methods = profile.seeds, profile.methods
@@ -321,8 +290,7 @@ def summarise(run: Run, videos: VideoSet) -> dict[str, Any]:
     """Sizes of the teachers together and of the student, and the baselines that see no motion."""
     profile, classes = run.profile, len(videos.label_names)
     teachers = [
-        footprint(Classifier(build_backbone(profile.teachers.backbone), classes).to(run.device), profile.view_of(task))
-        for task in profile.teachers.tasks
+        footprint(build_teacher(task, profile.teachers, classes).to(run.device), profile.view_of(task)) for task in profile.teachers.tasks
     ]
     student = footprint(Classifier(build_backbone(profile.distillation.student), classes).to(run.device), profile.view)
     parts = {split: len(videos.rows(split)) for split in ("train", "unlabelled", "test")}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -112,3 +115,21 @@ class TappedClassifier(nn.Module):
     def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
         maps, logits = self.backbone.tap(clips, features=self.backbone.features, logits=self.logits)
         return logits, self.backbone.pool(maps)
+
+
+def own_teacher(name: str) -> TappedBackbone | TappedClassifier:
+    """What the function ``MODULE:FUNCTION`` returns; modules are looked for in the working directory, too.
+
+    Raises:
+        ValueError: there is no such function, or it returns something else.
+    """
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}; name a function without arguments, as MODULE:FUNCTION") from error
+    if not isinstance(made, TappedBackbone | TappedClassifier):
+        raise ValueError(f"{name}: returned {type(made).__name__}; a gdviz.tap.TappedBackbone or TappedClassifier is wanted")
+    return made

@@ -20,7 +20,7 @@ from gdviz.data.videos import VideoSet
 from gdviz.models import Backbone, Classifier, build_backbone
 from gdviz.pretext import TASKS
 from gdviz.readout import device_of, predict, read_out, stamp_of
-from gdviz.tap import TappedClassifier
+from gdviz.tap import TappedClassifier, own_teacher
 from gdviz.training import Bookkeeping, train
 
 
@@ -77,6 +77,12 @@ def pretrain(
     rows = videos.training_rows
     history = train(both, step, rows, cfg.pretrain, seed=seed, **bookkeeping)
     return backbone, task, history
+
+
+def build_teacher(name: str, cfg: Teachers, classes: int) -> Classifier | TappedClassifier:
+    """A teacher as it is before any training: a pretext task's, or MODULE:FUNCTION's (:func:`gdviz.tap.own_teacher`)."""
+    backbone = own_teacher(name) if ":" in name else build_backbone(cfg.backbone)
+    return backbone if isinstance(backbone, TappedClassifier) else Classifier(backbone, classes)
 
 
 def fit(

@@ -27,6 +27,7 @@ LAYERS = (
     ("knowledge",),
     ("edges",),
     ("distill",),
+    ("checks",),
     ("run",),
     ("plots", "example"),
     ("report", "widgets"),

@@ -20,12 +20,14 @@ from conftest import TINY
 from gdviz import run as runs
 from gdviz import training
 from gdviz.artefacts import UserError, load_json, load_tensors, save_json
+from gdviz.checks import check_profile
 from gdviz.config import Profile
 from gdviz.distill import BASELINES, distill, kd_weights
 from gdviz.edges import learn_edges
 from gdviz.graphs import POLICIES, LogitsGraph, RepresentationGraph
 from gdviz.knowledge import build_graphs, gather
 from gdviz.pretext import TASKS
+from gdviz.report import evaluation, table
 from gdviz.run import Run, execute, open_run
 from gdviz.teachers import outputs_of, pretrain
 
@@ -174,7 +176,7 @@ def test_hidden_labels_change_nothing(finished):
 @pytest.mark.parametrize("method", [*BASELINES, *(f"kd-{name}" for name in ("learned", *POLICIES, *TINY.teachers.tasks))])
 def test_every_baseline_trains(finished, method):
     """One epoch of a loss that is finite, reaches the student's features and changes what it learns."""
-    runs.check_names(replace(TINY, methods=(method,)))
+    check_profile(replace(TINY, methods=(method,)))
     videos = finished.videos()
     cfg = replace(TINY.distillation, schedule=replace(TINY.distillation.schedule, epochs=1, min_steps=1))
     knowledge, edges = finished.knowledge(0, videos), finished.edges(0)
@@ -212,6 +214,23 @@ def test_labelled_clips_are_judged_by_a_teacher_that_did_not_see_them(finished):
     same = (whole - out.logits).abs().amax(1) < 2e-3  # outputs are kept in half precision
     assert same[~train].all()
     assert not same[train].any()
+
+
+def test_a_teacher_of_ones_own_goes_through_a_run(finished, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torchvision.models.video import mc3_18\nfrom gdviz.tap import TappedBackbone\n"
+        "def net():\n    return TappedBackbone(mc3_18(), 'layer1', size=16, length=4)\n"
+        "def nothing():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    profile = replace(TINY, teachers=replace(TINY.teachers, tasks=("order", "mine:net")), methods=("labels", "both-graphs", "kd-mine:net"))
+    run = another(finished, tmp_path / "run", profile=profile)
+    rows = execute(run, workers=1)
+    assert [row["name"] for row in rows] == ["order", "mine:net", "labels", "both-graphs", "kd-mine:net"]
+    assert "mine:net" in evaluation(run) and "mine:net" in table(run)
+    for name, message in (("mine:other", "no attribute 'other'"), ("yours:net", "No module"), ("mine:nothing", "returned int")):
+        with pytest.raises(UserError, match=f"--teachers.tasks {name}: .*{message}"):
+            check_profile(replace(TINY, teachers=replace(TINY.teachers, tasks=("order", name))))
 
 
 # --- refusals, before any work
@@ -271,8 +290,7 @@ BAD = {
 
 def test_every_task_is_a_setting():
     every = replace(TINY, teachers=replace(TINY.teachers, tasks=tuple(TASKS), strides=(1,) * len(TASKS)), methods=("kd-clip-order",))
-    every.check()
-    runs.check_names(every)
+    check_profile(every)
 
 
 @pytest.mark.parametrize(("profile", "message"), BAD.values(), ids=BAD)
