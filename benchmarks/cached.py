@@ -23,7 +23,7 @@ from gdviz.models import Classifier, build_backbone
 from gdviz.readout import open_clips, predict, read_out, stamp_of
 from gdviz.teachers import TeacherOutputs
 
-CLASSES, VIEW = 51, View(size=112, frames=32, length=16, stride=1, clips=3)
+VIEW = View(size=112, frames=32, length=16, stride=1, clips=3)
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--student", default="tiny32n")
+    parser.add_argument("--classes", type=int, default=12, help="of two videos each, which four teachers read out first")
     args = parser.parse_args()
+    classes, count = args.classes, 2 * args.classes
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(0)
-    pixels = rng.integers(256, size=(2 * CLASSES, VIEW.frames, 112, 112, 3), dtype=np.uint8)
-    labels, splits = torch.arange(2 * CLASSES) % CLASSES, ("train",) * (2 * CLASSES)
-    names, groups = tuple(f"c{i:02d}" for i in range(CLASSES)), tuple(map(str, range(2 * CLASSES)))
-    videos = VideoSet("random", "random", pixels, names, labels, splits, groups, torch.zeros(2 * CLASSES, 5), ())
+    pixels = rng.integers(256, size=(count, VIEW.frames, 112, 112, 3), dtype=np.uint8)
+    labels, splits = torch.arange(count) % classes, ("train",) * (count)
+    names, groups = tuple(f"c{i:02d}" for i in range(classes)), tuple(map(str, range(count)))
+    videos = VideoSet("random", "random", pixels, names, labels, splits, groups, torch.zeros(count, 5), ())
     torch.manual_seed(0)
-    models = tuple(Classifier(build_backbone("r3d_18"), CLASSES).eval() for _ in range(4))
+    models = tuple(Classifier(build_backbone("r3d_18"), classes).eval() for _ in range(4))
     teachers = ("order", "coherence", "registration", "prediction")
     with tempfile.TemporaryDirectory() as folder:
         outputs, began = {}, time.perf_counter()
@@ -68,14 +70,14 @@ def main() -> None:
                 zip(("logits", "features"), predict(model, videos, rows, VIEW, batch=6, each=True), strict=True)
             )
             kept = read_out(say, videos, VIEW, Path(folder) / name, stamp_of([model], videos, VIEW), name)
-            fold, features = torch.arange(2 * CLASSES) // CLASSES, kept.mean("features")
+            fold, features = torch.arange(count) // classes, kept.mean("features")
             outputs[name] = TeacherOutputs(kept.mean("logits"), features, features, fold, torch.ones(()))
-        print(f"reading out {2 * CLASSES} videos, {VIEW.clips} clips each, by four teachers: {time.perf_counter() - began:.0f} s")
+        print(f"reading out {count} videos, {VIEW.clips} clips each, by four teachers: {time.perf_counter() - began:.0f} s")
         cached = gather(outputs, videos, tuple(open_clips(Path(folder) / name, videos, VIEW) for name in teachers))
         live = Live(**vars(cached), models=models, videos=videos)
-        schedule, some = Schedule(epochs=1, batch=args.batch, min_steps=1), replace(videos, splits=("train",) * 6 + ("test",) * 96)
+        schedule, some = Schedule(epochs=1, batch=args.batch, min_steps=1), replace(videos, splits=("train",) * 6 + ("test",) * (count - 6))
         cfg = Distillation(args.student, schedule, labelled_batch=2, target="clip", edges=Edges(refreshes=1))
-        edges = learn_edges(cached, *build_graphs(cached, 1, torch.arange(2 * CLASSES), cfg), cfg.edges, seed=0)
+        edges = learn_edges(cached, *build_graphs(cached, 1, torch.arange(count), cfg), cfg.edges, seed=0)
         ratios, times = [], {"live": [], "cached": []}
         for seed in range(args.rounds):
             losses = {}
