@@ -91,9 +91,8 @@ def main() -> None:
                 f"step {seed}: cached {times['cached'][-1]:.2f} s, live {times['live'][-1]:.2f} s, {ratios[-1]:.1f}x; losses {losses}",
                 flush=True,
             )
-    print(
-        f"{args.threads} threads, {args.batch + 2} clips of 16x112x112: {statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})"
-    )
+    median, clips = statistics.median(ratios), args.batch + 2
+    print(f"{args.threads} threads, {clips} clips of 16x112x112 a step: {median:.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
 if __name__ == "__main__":

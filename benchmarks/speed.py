@@ -60,7 +60,8 @@ def compare(title: str, **forms: Callable[[], object]) -> None:
     parts = [f"{next(iter(forms))} {1e3 * statistics.median(ours):.2f} ms"]
     for name in list(forms)[1:]:
         ratios = sorted(theirs / mine for theirs, mine in zip(times[name], ours, strict=True))
-        parts.append(f"{name} {statistics.median(ratios):.1f}x ({ratios[len(ratios) // 4]:.1f} to {ratios[3 * len(ratios) // 4]:.1f})")
+        spread = f"{ratios[len(ratios) // 4]:.1f} to {ratios[3 * len(ratios) // 4]:.1f}"
+        parts.append(f"{name} {statistics.median(ratios):.1f}x ({spread}; best against best {min(times[name]) / min(ours):.1f})")
     print(f"{title:46}" + "   ".join(parts), flush=True)
 
 
