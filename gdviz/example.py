@@ -90,7 +90,9 @@ def open_example(folder: Path) -> Example:
         digest, name = line.split("  ")
         if not (folder / name).exists() or file_sha256(folder / name) != digest:
             raise UserError(f"{folder / name} is damaged or gone; restore it, for instance: git checkout data/example")
-    return Example(from_plain(Profile, load_json(folder / "config.json")["profile"]), folder)
+    profile = from_plain(Profile, load_json(folder / "config.json")["profile"])
+    by_video = replace(profile.distillation, target="video")  # what teachers say of single clips is not packed
+    return Example(replace(profile, distillation=by_video), folder)
 
 
 def _thin(x: Tensor) -> Tensor:
