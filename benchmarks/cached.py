@@ -33,13 +33,19 @@ class Live(Knowledge):
     models: tuple[Classifier, ...] = ()
     videos: VideoSet | None = None
 
-    def said(self, rows: Tensor, clips: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def ask(self, rows: Tensor, clips: Tensor) -> tuple[Tensor, list[Tensor]]:
         if not torch.equal(torch.stack([rows, clips]), _asked[0]):  # once a step, though both graphs ask
             frames = self.videos.clips(rows, VIEW.length, VIEW.stride, place=torch.tensor(clip_places(VIEW.clips))[clips])
             with torch.no_grad():
                 said = [model(to_float(frames).transpose(1, 2)) for model in self.models]
             _asked[:] = torch.stack([rows, clips]), (torch.stack([z for z, _ in said], 1), [h for _, h in said])
         return _asked[1]
+
+    def said(self, rows: Tensor, clips: Tensor | None = None) -> Tensor:
+        return super().said(rows) if clips is None else self.ask(rows, clips)[0]
+
+    def shown(self, rows: Tensor, clips: Tensor | None = None, *, held: bool = False) -> list[Tensor]:
+        return super().shown(rows, held=held) if clips is None else self.ask(rows, clips)[1]
 
 
 _asked: list = [torch.empty(0), None]

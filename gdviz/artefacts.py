@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,8 +33,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         UserError: the disk refused the write; ``path`` is left as it was.
     """
     path = Path(path)
-    # The process number keeps two workers that write the same artefact apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Keeps two workers that write the same artefact apart.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -102,6 +103,11 @@ def load_json(path: Path | str) -> Any:
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> None:
     """Tensors and a JSON description in one safetensors file."""
     flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    seen: set[int] = set()
+    for key, value in flat.items():  # tied weights share memory, which the format refuses
+        if value.untyped_storage().data_ptr() in seen:
+            flat[key] = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
     with atomic(path) as temporary:
         save_file(flat, temporary, metadata={"meta": json.dumps(plain(meta))})
 

@@ -140,7 +140,9 @@ def _run(arguments: list[str]) -> None:
     if args.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: is not installed; pip install 'gdviz[tensorboard]'")
     ranks.start(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = _device(args.device)
+    # A machine of a cluster has its own device, and a working directory of its own.
+    device = args.device if args.cluster else _device(args.device)
+    whole = Path.resolve if args.cluster else Path
     if args.cluster and ranks.world() > 1:
         raise UserError("--cluster: hands out whole trainings; `torchrun` shares one among processes: choose one of them")
     if args.workers < 0:
@@ -148,7 +150,7 @@ def _run(arguments: list[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = args.workers or (1 if device != "cpu" else cores)
     folder = args.out or runs.default_folder(args.settings, args.data)
-    run = runs.Run(args.settings, folder, args.data, args.cache, device, args.tensorboard)
+    run = runs.Run(args.settings, whole(folder), args.data and whole(args.data), whole(args.cache), device, args.tensorboard)
     runs.execute(run, workers=args.cluster or workers)
     if not ranks.first():
         return

@@ -150,7 +150,7 @@ class _Lesson:
             self.weigh = kd_weights(self.method.removeprefix("kd-"), self.knowledge, self.edges, softened)
 
     def softened(self, picked: Tensor) -> Float[Tensor, "b k c"]:
-        return torch.softmax(self.knowledge.said(picked, self.clips)[0] / self.cfg.temperature, -1)
+        return torch.softmax(self.knowledge.said(picked, self.clips) / self.cfg.temperature, -1)
 
     def match_logits(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """The logits graph."""
@@ -159,7 +159,7 @@ class _Lesson:
 
     def match_pairs(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """The representation graph."""
-        shown = [f.to(self.device) for f in self.knowledge.said(picked, self.clips)[1]]
+        shown = [f.to(self.device) for f in self.knowledge.shown(picked, self.clips)]
         consensus, pairs = self.edges.consensus[self.moment, picked], self.edges.pairs[self.moment]
         return self.student.graph.loss(features, shown, consensus.to(self.device), pairs.to(self.device))
 
@@ -171,12 +171,11 @@ class _Lesson:
     def imitate(self, picked: Tensor, logits: Tensor, features: Tensor) -> Tensor:
         """One of ``BASELINES``."""
         known, rows, student = self.knowledge.labels[picked], self.rows, self.student
-        said, shown = self.knowledge.said(picked, self.clips)
-        said, shown, bank = said[:, self.best], shown[self.best], self.knowledge.features[self.best]
+        said, shown = self.knowledge.said(picked, self.clips)[:, self.best], self.knowledge.shown(picked, self.clips)[self.best]
         at = torch.randint(len(rows), (len(picked), min(NEGATIVES, len(rows) - 1)), generator=self.rng)
         at = (at + (rows[at] == picked[:, None])) % len(rows)  # never the clip itself
         truth = torch.where(known >= 0, known, said.argmax(1))
-        said, shown, others, truth = (x.to(self.device) for x in (said, shown, bank[rows[at]], truth))
+        said, shown, others, truth = (x.to(self.device) for x in (said, shown, self.knowledge.shown(rows[at])[self.best], truth))
         layers = (student.student_to, student.teacher_to)
         return BASELINES[self.method](Seen(logits, features, said, shown, others, len(rows), truth, self.cfg.temperature, *layers))
 
@@ -219,10 +218,12 @@ def distill(
         The student and one row of logged means an epoch.
 
     Raises:
-        ValueError: unknown method.
+        ValueError: unknown method, or knowledge without clips for a target that needs them.
     """
     if method not in methods_of(knowledge.teachers):
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(methods_of(knowledge.teachers))}")
+    if cfg.target == "clip" and not knowledge.clips:
+        raise ValueError("target='clip': this knowledge is of whole videos only; gather it with the teachers' clips")
     rows, labelled, places = videos.training_rows, videos.rows("train"), torch.tensor(clip_places(view.clips))
     torch.manual_seed(seed)
     classifier = Classifier(build_backbone(cfg.student), len(videos.label_names))

@@ -17,6 +17,8 @@ from gdviz.config import Edges as EdgesConfig
 from gdviz.graphs import LogitsGraph, RepresentationGraph, closed_form, evidence, fit_gate, pair_alignment, teacher_prior
 from gdviz.knowledge import Knowledge
 
+CLIPS_AT_ONCE = 2**16  # a consensus takes some ten float64 copies of what it is of
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -60,7 +62,8 @@ def learn_edges(
     for gate in islice(gates, cfg.refreshes):
         with torch.no_grad():
             weights.append(closed_form(cost, eta=cfg.eta, log_prior=gate(probs).log(), floor=cfg.floor))
-            consensus.append(logits_graph.consensus(softened, weights[-1]))
+            parts = zip(softened.split(CLIPS_AT_ONCE), weights[-1].split(CLIPS_AT_ONCE), strict=True)
+            consensus.append(torch.cat([logits_graph.consensus(p, w) for p, w in parts]))
             agreement.append(_pair_agreement(knowledge, representation_graph, known, rng))
             mean_agreement = torch.stack(agreement).mean(0)
             pairs.append(closed_form(-mean_agreement, eta=cfg.eta_pairs, floor=cfg.floor))
@@ -73,6 +76,6 @@ def _pair_agreement(knowledge: Knowledge, graph: RepresentationGraph, known: Ten
     for fold in range(int(knowledge.fold.max()) + 1):
         rows = known[knowledge.fold[known] == fold]
         rows = rows[torch.randperm(len(rows), generator=rng)[: max(4, len(rows) // 2)]]
-        grams = graph.pair_grams([f[rows] for f in knowledge.held_features])
+        grams = graph.pair_grams(knowledge.shown(rows, held=True))
         out.append(pair_alignment(grams, knowledge.labels[rows]))
     return torch.stack(out).mean(0) if out else torch.zeros(len(graph.pairs))

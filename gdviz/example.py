@@ -60,7 +60,7 @@ class _Drawn:
 class Example(Run):
     """A finished run, thinned for the repository: one seed, half precision, some of the videos. Same reading methods."""
 
-    def videos(self, workers: int = 1) -> VideoSet:
+    def videos(self, workers: int | str = 1) -> VideoSet:
         index = load_json(self.folder / "index.json")
         pixels, labels = _Drawn(self.profile, index.pop("motions"), index.pop("seeds")), torch.tensor(index.pop("labels"))
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in index.items()}

@@ -33,20 +33,27 @@ class Knowledge:
     def probs(self, temperature: float = 1.0) -> Float[Tensor, "n k c"]:
         return torch.softmax(self.logits / temperature, dim=-1)
 
-    def said(self, rows: Tensor, clips: Tensor | None = None) -> tuple[Float[Tensor, "b k c"], list[Float[Tensor, "b d"]]]:
-        """Calibrated logits and features on these videos, or on one clip of each."""
+    def said(self, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b k c"]:
+        """Calibrated logits on these videos, or on one clip of each."""
         if clips is None:
-            return self.logits[rows], [f[rows] for f in self.features]
-        rows = rows if self.dealt is None else self.dealt[rows]
-        logits, features = zip(*(teacher.at(rows, clips) for teacher in self.clips), strict=True)
-        return torch.stack(logits, 1) / self.temperatures[:, None], list(features)
+            return self.logits[rows]
+        logits = [teacher.at("logits", self._of(rows), clips) for teacher in self.clips]
+        return torch.stack(logits, 1) / self.temperatures[:, None]
+
+    def shown(self, rows: Tensor, clips: Tensor | None = None, *, held: bool = False) -> list[Float[Tensor, "b d"]]:
+        """Features of these videos, or of one clip of each; with ``held`` those out of fold."""
+        if clips is None:
+            return [f[self._of(rows)] for f in (self.held_features if held else self.features)]
+        return [teacher.at("features", self._of(rows), clips) for teacher in self.clips]
+
+    def _of(self, rows: Tensor) -> Tensor:
+        return rows if self.dealt is None else self.dealt[rows]
 
     def shuffled(self, rows: Tensor, seed: int) -> Knowledge:
         """The control: what is known of the clips in ``rows``, dealt to the wrong ones of them."""
         order = torch.arange(len(self.labels))
         order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
-        features, held = ([f[order] for f in group] for group in (self.features, self.held_features))
-        return replace(self, logits=self.logits[order], features=features, held_features=held, dealt=order)
+        return replace(self, logits=self.logits[order], dealt=self._of(order))  # features stay where they are: in files
 
     def best_teacher(self) -> str:
         """The one most often right out of fold on the labelled clips: a choice that needs no test labels."""
@@ -96,5 +103,5 @@ def build_graphs(knowledge: Knowledge, student_dim: int, rows: Tensor, cfg: Dist
     dims = [f.shape[1] for f in knowledge.features]
     representation_graph = RepresentationGraph(knowledge.teachers, dims, student_dim, distance=cfg.distance)
     some = rows[:: 1 + len(rows) // 10_000]  # features may be larger than memory
-    representation_graph.fit_scalers([f[some] for f in knowledge.features])
+    representation_graph.fit_scalers(knowledge.shown(some))
     return logits_graph, representation_graph

@@ -72,11 +72,14 @@ class ClipOutputs:
 
     parts: Sequence[dict[str, Tensor]]
 
-    def at(self, rows: Tensor, clips: Tensor) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
-        """Logits and features of clip ``clips[i]`` of video ``rows[i]``."""
-        places = [(*divmod(row, PART), clip) for row, clip in zip(rows.tolist(), clips.tolist(), strict=True)]
-        logits, features = (torch.stack([self.parts[n][name][i, clip] for n, i, clip in places]) for name in ("logits", "features"))
-        return logits.float(), features.float()
+    def at(self, name: str, rows: Tensor, clips: Tensor) -> Float[Tensor, "b _"]:
+        """``logits`` or ``features`` of clip ``clips[i]`` of video ``rows[i]``."""
+        number, place = rows // PART, rows % PART
+        out = torch.empty(len(rows), self.parts[0][name].shape[-1], dtype=torch.float32)
+        for n in number.unique().tolist():
+            here = number == n
+            out[here] = self.parts[n][name][place[here], clips[here]].float()
+        return out
 
     def mean(self, name: str) -> Float[Tensor, "n _"]:
         """Over the clips of each video."""
@@ -84,9 +87,10 @@ class ClipOutputs:
 
 
 def stamp_of(models: Sequence[nn.Module], videos: VideoSet, view: View) -> str:
-    """Fingerprint of what determines the outputs."""
+    """Fingerprint of what determines the outputs: networks, how they are tapped (their ``repr``), videos, view."""
     weights = hashlib.sha256()
     for model in models:
+        weights.update(repr(model).encode())
         for name, value in model.state_dict().items():
             weights.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return fingerprint(weights.hexdigest(), videos.fingerprint, view, VERSION)
@@ -123,8 +127,15 @@ def read_out(
             ranks.agreed(None)  # all read what the first has written
             parts.append(load_tensors(file))
     if folder and ranks.first():
-        save_json(folder / "index.json", {"stamp": stamp, "videos": videos.fingerprint, "view": view, "parts": len(parts)})
+        how = {"version": VERSION, "part": PART, "videos": videos.fingerprint, "view": view}
+        save_json(folder / "index.json", how | {"stamp": stamp, "parts": len(parts)})
     return ClipOutputs(parts)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether nothing is missing of what :func:`read_out` has kept."""
+    index = folder / "index.json"
+    return index.exists() and all((folder / f"{n:05d}.safetensors").exists() for n in range(load_json(index)["parts"]))
 
 
 def open_clips(folder: Path, videos: VideoSet, view: View) -> ClipOutputs:
@@ -134,13 +145,12 @@ def open_clips(folder: Path, videos: VideoSet, view: View) -> ClipOutputs:
         UserError: it is missing or damaged, or of other videos or another view.
     """
     index = load_json(folder / "index.json")
-    wanted = {"videos": videos.fingerprint, "stride": view.stride, "length": view.length, "clips": view.clips}
+    wanted = {"version": VERSION, "part": PART, "videos": videos.fingerprint}
+    wanted |= {"stride": view.stride, "length": view.length, "clips": view.clips}
     if differing := [name for name, value in wanted.items() if value != (index | index["view"])[name]]:
-        raise UserError(
-            f"{folder}: teachers' outputs of another set ({', '.join(differing)} differ); delete it to have them read out again"
-        )
+        raise UserError(f"{folder}: of another set ({', '.join(differing)} differ); delete it to have that teacher made again")
     files = [folder / f"{n:05d}.safetensors" for n in range(index["parts"])]
     parts = [load_tensors(file) for file in files]
     if other := [file.name for file in files if meta_of(file).get("stamp") != index["stamp"]]:
-        raise UserError(f"{folder}: {', '.join(other)} of another teacher; delete the folder to have it read out again")
+        raise UserError(f"{folder}: {', '.join(other)} of another teacher; delete the folder to have it made again")
     return ClipOutputs(parts)

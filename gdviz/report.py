@@ -91,10 +91,9 @@ def _scaled(logits: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 
 def _before_labels(run: Run, videos: VideoSet, seed: int, task: str) -> Tensor:
     """Features of a teacher's backbone as the pretext task left it, or of one's own, for the labelled and the test videos."""
-    model = build_teacher(task, run.profile.teachers, len(videos.label_names)).to(run.device)  # its head is not used
+    model = build_teacher(task, run.profile.teachers, len(videos.label_names)).to(run.where)  # its head is not used
     state = load_tensors(run.teacher_folder(seed, task) / "teacher.safetensors").items()
-    if before := {k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")}:
-        model.backbone.load_state_dict(before)
+    model.backbone.load_state_dict({k.removeprefix("pretrained."): v for k, v in state if k.startswith("pretrained.")})
     rows, features = torch.cat([videos.rows("train"), videos.rows("test")]), torch.zeros(len(videos.splits), model.backbone.dim)
     features[rows] = predict(model, videos, rows, run.profile.view_of(task))[1]
     return features
@@ -173,7 +172,11 @@ def _logits_graph(look: _Finished) -> Figure:
     graph = look.graphs()[0].to_networkx(look.knowledge.probs(temperature)[test], look.edges.teachers[-1][test], student_probs)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.25, 1))
     plots.plot_logits_graph(graph, left)
-    first, second = sorted(look.knowledge.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
+    first, second = (
+        (look.knowledge.teachers * 2)[:2]
+        if len(look.knowledge.teachers) < 2
+        else sorted(look.knowledge.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
+    )
     edge = graph[first][second]
     plots.plot_plan(edge["plan"], look.videos.label_names, edge["rows"], edge["columns"], right)
     return figure
@@ -186,7 +189,7 @@ def _representation_graph(look: _Finished) -> Figure | None:
     trained, test = look.graphs()[1], look.test
     trained.load_state_dict(load_tensors(file))
     with torch.no_grad():
-        features = [f[test] for f in look.knowledge.features]
+        features = look.knowledge.shown(test)
         distances = trained.distances(look.outputs["features"][test], features, look.edges.consensus[-1][test])
     figure, axes = plt.subplots(figsize=(5.4, 4.6))
     plots.plot_representation_graph(trained.to_networkx(look.edges.pairs[-1], distances), axes)

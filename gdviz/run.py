@@ -4,7 +4,7 @@
     environment.json  what it ran on; source.json: where its videos are
     skipped.csv       videos that could not be read, and why
     seedN/teachers/TASK/    teacher.safetensors, outputs.safetensors, clips/ (outputs by clip), history.jsonl, result.json
-    seedN/edges.safetensors, edges-shuffled.safetensors
+    seedN/edges/, edges-shuffled/   edges.safetensors, result.json
     seedN/students/METHOD/  student.safetensors, outputs.safetensors, history.jsonl, result.json,
                             representation_graph.safetensors (adapters) where that graph is used
     metrics.jsonl     one row a teacher and a student: what the table and the figures are made of
@@ -41,8 +41,8 @@ from gdviz.evaluate import accuracy, calibration_error, footprint, shortcut_base
 from gdviz.knowledge import Knowledge, build_graphs, gather
 from gdviz.models import Classifier, build_backbone
 from gdviz.parallel import over_processes
-from gdviz.readout import open_clips, predict
-from gdviz.tap import own_teacher
+from gdviz.readout import is_whole, open_clips, predict, stamp_of
+from gdviz.tap import TappedClassifier, own_teacher
 from gdviz.teachers import TeacherOutputs, build_teacher, outputs_of, pretrain
 from gdviz.training import Bookkeeping
 
@@ -57,8 +57,12 @@ class Run:
     folder: Path
     data: Path | None = None  # None: the embedded set
     cache: Path = Path("data")
-    device: str = "cpu"
+    device: str = "cpu"  # auto: what the machine has that does a job
     tensorboard: bool = False
+
+    @property
+    def where(self) -> str:
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     def videos(self, workers: int | str = 1) -> VideoSet:
         if self.data is None:
@@ -67,13 +71,13 @@ class Run:
         return load_folder(self.data, self.profile.view, self.cache / "cache", workers=workers)
 
     def teacher_folder(self, seed: int, task: str) -> Path:
-        return self.folder / f"seed{seed}" / "teachers" / task
+        return self.folder / f"seed{seed}" / "teachers" / task.replace(":", ".")
 
     def edges_folder(self, seed: int, shuffled: bool) -> Path:
         return self.folder / f"seed{seed}" / ("edges-shuffled" if shuffled else "edges")
 
     def student_folder(self, seed: int, method: str) -> Path:
-        return self.folder / f"seed{seed}" / "students" / method
+        return self.folder / f"seed{seed}" / "students" / method.replace(":", ".")
 
     def bookkeeping(self, checkpoint: Path, progress: str | None) -> Bookkeeping:
         board = checkpoint.parent / "tensorboard" if self.tensorboard else None
@@ -124,19 +128,20 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     folder, videos, profile = run.teacher_folder(seed, task), _videos(run), run.profile
     view = profile.view_of(task)
     if ":" in task:
-        backbone, history, pretext, state = own_teacher(task).to(run.device), [], {}, {}
+        backbone, history, pretext, state = own_teacher(task).to(run.where), [], {}, {}
     else:
         backbone, head, history = pretrain(
             task, profile.teachers, view, videos,
-            seed=seed, device=run.device, **run.bookkeeping(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None),
+            seed=seed, device=run.where, **run.bookkeeping(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None),
         )  # fmt: skip
         pretext = {head.metric: history[-1][head.metric]}
-        state = {f"task.{k}": v for k, v in head.state_dict().items()} | {f"pretrained.{k}": v for k, v in backbone.state_dict().items()}
+        state = {f"task.{k}": v for k, v in head.state_dict().items()}
     model, outputs = outputs_of(backbone, videos, profile.teachers, view, seed=seed, folder=folder)
     if not ranks.first():
         return
     test, labelled = videos.rows("test"), videos.rows("train")
     probs = torch.softmax(outputs.logits[test] / outputs.temperature, 1)
+    state |= {f"pretrained.{k}": v for k, v in getattr(backbone, "backbone", backbone).state_dict().items()}
     save_tensors(folder / "teacher.safetensors", {f"model.{k}": v for k, v in model.state_dict().items()} | state)
     save_tensors(folder / "outputs.safetensors", outputs.tensors())
     save_jsonl(folder / "history.jsonl", history)
@@ -149,7 +154,7 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     }  # fmt: skip
     save_json(folder / "result.json", row)
     for checkpoint in folder.glob("*.ckpt"):
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)
 
 
 def train_edges(run: Run, seed: int, shuffled: bool) -> None:
@@ -180,7 +185,7 @@ def train_student(run: Run, seed: int, method: str, bar: bool = False) -> None:
         knowledge = knowledge.shuffled(videos.training_rows, seed)
     student, history = distill(
         method, knowledge, edges, videos, profile.view, profile.distillation,
-        seed=seed, device=run.device, **run.bookkeeping(folder / "student.ckpt", f"{method}, seed {seed}" if bar else None),
+        seed=seed, device=run.where, **run.bookkeeping(folder / "student.ckpt", f"{method}, seed {seed}" if bar else None),
     )  # fmt: skip
     test = videos.rows("test")
     logits, features = predict(student.classifier, videos, torch.arange(len(videos.splits)), profile.view)
@@ -240,6 +245,10 @@ def _begin(run: Run, workers: int | str) -> VideoSet:
     claim_folder(run, videos)
     for stale in run.folder.rglob(".*.part"):  # what a killed process was writing
         stale.unlink(missing_ok=True)
+    for stale in run.folder.rglob("*.ckpt"):  # of what was finished just before a kill
+        if (stale.parent / "result.json").exists():
+            stale.unlink(missing_ok=True)
+    _recognise_own_teachers(run, videos)
     save_json(run.folder / "environment.json", environment())
     save_json(run.folder / "source.json", {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()})
     with atomic(run.folder / "skipped.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -247,6 +256,22 @@ def _begin(run: Run, workers: int | str) -> VideoSet:
     for path, reason in videos.skipped:
         tqdm.write(f"skipped {path}: {reason}")
     return videos
+
+
+def _recognise_own_teachers(run: Run, videos: VideoSet) -> None:
+    """Raises UserError where one does not answer in the classes of the data, or is not the one that this run began with."""
+    for task in (t for t in run.profile.teachers.tasks if ":" in t):
+        teacher, view = own_teacher(task), run.profile.view_of(task)
+        if isinstance(teacher, TappedClassifier):
+            answers = predict(teacher, videos, torch.arange(1), view)[0].shape[1]
+            if answers != len(videos.label_names):
+                raise UserError(f"--teachers.tasks {task}: answers in {answers} classes, the data has {len(videos.label_names)}")
+        stamp = stamp_of([teacher], videos, view)
+        for seed in run.profile.seeds:
+            file = run.teacher_folder(seed, task) / "own.json"
+            if file.exists() and load_json(file)["stamp"] != stamp:
+                raise UserError(f"--teachers.tasks {task}: returns another network than when {run.folder} began; choose another --out")
+            save_json(file, {"stamp": stamp})
 
 
 def execute(run: Run, *, workers: int | str) -> list[dict[str, Any]]:
@@ -270,7 +295,9 @@ def execute(run: Run, *, workers: int | str) -> list[dict[str, Any]]:
         over_processes(work, jobs, workers, title=title if ranks.first() else None)
 
     teachers = [(s, t) for s in seeds for t in profile.teachers.tasks]
-    left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl", "clips/index.json")
+    left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl")
+    if profile.distillation.target == "clip":
+        left += [job for job in teachers if job not in left and ranks.agreed(not is_whole(run.teacher_folder(*job) / "clips"))]
     do(partial(train_teacher, run, bar=bars), left, "teachers")
     controls = (False, True) if "both-shuffled" in methods else (False,)
     left = _left([(s, c) for s in seeds for c in controls], run.edges_folder, "edges.safetensors")
@@ -290,9 +317,9 @@ def summarise(run: Run, videos: VideoSet) -> dict[str, Any]:
     """Sizes of the teachers together and of the student, and the baselines that see no motion."""
     profile, classes = run.profile, len(videos.label_names)
     teachers = [
-        footprint(build_teacher(task, profile.teachers, classes).to(run.device), profile.view_of(task)) for task in profile.teachers.tasks
+        footprint(build_teacher(task, profile.teachers, classes).to(run.where), profile.view_of(task)) for task in profile.teachers.tasks
     ]
-    student = footprint(Classifier(build_backbone(profile.distillation.student), classes).to(run.device), profile.view)
+    student = footprint(Classifier(build_backbone(profile.distillation.student), classes).to(run.where), profile.view)
     parts = {split: len(videos.rows(split)) for split in ("train", "unlabelled", "test")}
     return {
         "data": {"name": videos.name, "classes": videos.label_names, "videos": parts, "skipped": len(videos.skipped)},

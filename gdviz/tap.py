@@ -62,6 +62,10 @@ class TappedBackbone(Backbone):
             self.dim = self.eval()(torch.zeros(1, 3, length, size, size, device=device)).shape[1]
         self.train(mode)
 
+    def extra_repr(self) -> str:
+        names = ("features", "size", "length", "channels", "frames_first", "frozen")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
     def train(self, mode: bool = True) -> TappedBackbone:
         return super().train(mode and not self.frozen)
 
@@ -112,13 +116,16 @@ class TappedClassifier(nn.Module):
         super().__init__()
         self.backbone, self.logits = backbone, logits
 
+    def extra_repr(self) -> str:
+        return repr(self.logits)
+
     def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
         maps, logits = self.backbone.tap(clips, features=self.backbone.features, logits=self.logits)
         return logits, self.backbone.pool(maps)
 
 
 def own_teacher(name: str) -> TappedBackbone | TappedClassifier:
-    """What the function ``MODULE:FUNCTION`` returns; modules are looked for in the working directory, too.
+    """What the function ``MODULE:FUNCTION`` returns, the same at every call; modules are looked for in the working directory, too.
 
     Raises:
         ValueError: there is no such function, or it returns something else.
@@ -127,7 +134,9 @@ def own_teacher(name: str) -> TappedBackbone | TappedClassifier:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(import_module(module), function)()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # parts that are drawn are the same in every process, and when a run goes on
+            made = getattr(import_module(module), function)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name}: {error}; name a function without arguments, as MODULE:FUNCTION") from error
     if not isinstance(made, TappedBackbone | TappedClassifier):

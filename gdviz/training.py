@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from gdviz.artefacts import UserError, load_checkpoint, save_checkpoint
 from gdviz.config import Schedule
 from gdviz.models import Backbone
 from gdviz.parallel import Stopped, stops_noted
+from gdviz.tap import TappedBackbone
 
 # What a step returns: the loss to descend and numbers to log.
 Step = Callable[[Tensor, Generator], tuple[Tensor, dict[str, Tensor | float]]]
@@ -69,10 +71,12 @@ class _Keeper:
                 part.load_state_dict(state[name])
             self.at = state["at"]
 
-    def keep(self, history: list[dict[str, float]], step: int, logged: dict[str, list[Tensor | float]], rng: Generator) -> None:
-        """Saves if it is time to, or if the process is asked to stop, which it then does. For all ranks to call after every step."""
+    def keep(
+        self, history: list[dict[str, float]], step: int, logged: dict[str, list[Tensor | float]], rng: Generator, last: bool = False
+    ) -> None:
+        """Saves if it is time to, at the end, or if asked to stop, which it then does. For all ranks to call after every step."""
         stop, began = self.notice(self.asked()), time.monotonic()
-        if self.path is not None and (stop or began - self.saved > SAVE_EVERY_S * (1 + 4 * self.took)):
+        if self.path is not None and (stop or last or began - self.saved > SAVE_EVERY_S * (1 + 4 * self.took)):
             if ranks.first():
                 numbers = {name: [float(v) for v in values] for name, values in logged.items()}
                 at = {"history": history, "step": step, "logged": numbers, "rng": rng.get_state()}
@@ -84,11 +88,15 @@ class _Keeper:
             raise Stopped(stop)
 
 
-def _accelerator(schedule: Schedule, device: torch.device) -> Accelerator:
+def _accelerator(schedule: Schedule, module: nn.Module, device: torch.device) -> Accelerator:
     if schedule.precision == "fp16" and device.type == "cpu":
         raise UserError("--*.precision fp16: needs a GPU; bf16 does not")
     AcceleratorState._reset_state()  # it remembers the precision of the training before
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=schedule.precision, device_placement=False)
+    # A foreign network is tapped somewhere: what lies behind, or is frozen, has no gradient to wait for.
+    tapped = any(isinstance(part, TappedBackbone) for part in module.modules())
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if tapped else []
+    on_cpu = device.type == "cpu"
+    return Accelerator(cpu=on_cpu, mixed_precision=schedule.precision, device_placement=False, kwargs_handlers=handlers)
 
 
 def _board(folder: Path | None, begin: int) -> Callable[[int, dict[str, float]], None]:
@@ -144,7 +152,7 @@ def train(
         Stopped: SIGTERM or Ctrl-C; the checkpoint holds the last step.
     """
     device = next(module.parameters()).device
-    accelerator = _accelerator(schedule, device)
+    accelerator = _accelerator(schedule, module, device)
     if ranks.world() > 1 and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     optimiser = torch.optim.AdamW(module.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True)
@@ -202,7 +210,7 @@ def train(
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             show(epoch, {**row, **extra, "clips a second": (per_epoch - begun) * batch / (time.monotonic() - began)})
             begun = 0
-            keeper.keep(history, 0, {}, rng)
+            keeper.keep(history, 0, {}, rng, last=len(history) == schedule.epochs)
     if average is not None:
         module.load_state_dict(average.module.state_dict())
     module.eval()

@@ -16,6 +16,7 @@ from gdviz.knowledge import build_graphs, gather
 from gdviz.models import Backbone
 from gdviz.pretext import TASKS
 from gdviz.readout import open_clips
+from gdviz.tap import TappedBackbone
 
 TASKS_SEEN = ("order", "coherence", "registration", "pace", "prediction")
 
@@ -70,6 +71,11 @@ def trainings(folder: Path) -> dict[str, object]:
         if task in TASKS_SEEN[:2]:
             _, outputs[task] = teachers.outputs_of(trunk, videos, cfg, view, seed=0, folder=folder / task)
             found[f"{task}, outputs"] = outputs[task].tensors()
+    torch.manual_seed(0)
+    net = nn.Sequential(Double(), nn.Conv3d(3, 6, 3, 2, 1), nn.Conv3d(6, 6, 1), nn.Conv3d(6, 2, 1))
+    own = (TappedBackbone(net, "1", size=8, length=4, frozen=frozen) for frozen in (True, False))
+    for name, teacher in zip(("frozen", "tapped"), own, strict=True):
+        found[f"{name}, outputs"] = teachers.outputs_of(teacher, videos, cfg, view, seed=0)[1].tensors()
     knowledge = gather(outputs, videos, tuple(open_clips(folder / task / "clips", videos, view) for task in outputs))
     knowledge = replace(knowledge, features=[f.double() for f in knowledge.features])  # read out in float32
     how = Distillation("", schedule, labelled_batch=4, edges=Edges(refreshes=2, gate_steps=2))

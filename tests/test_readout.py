@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import memory_set
+from conftest import TINY, memory_set
 from torch import nn
 
 from gdviz import readout
 from gdviz.artefacts import UserError, load_json, load_tensors, save_json
 from gdviz.config import View
 from gdviz.data.sampling import clip_places, clips_of
+from gdviz.distill import distill
 from gdviz.readout import open_clips, predict, read_out, stamp_of
 from gdviz.run import execute
 
@@ -51,8 +52,8 @@ def test_what_was_kept_is_what_a_live_teacher_says_of_the_same_clip(videos, tmp_
     kept = open_clips(tmp_path / "clips", videos, VIEW)
     rows, clips = torch.tensor([9, 0, 4, 4, 7]), torch.tensor([0, 2, 1, 2, 0])
     seen = clips_of(videos.batch(rows), VIEW.length, VIEW.stride, place=torch.tensor(clip_places(3))[clips])
-    for found, live in zip(kept.at(rows, clips), model(seen), strict=True):
-        assert torch.allclose(found, live, rtol=1e-3, atol=1e-4)
+    for name, live in zip(("logits", "features"), model(seen), strict=True):
+        assert torch.allclose(kept.at(name, rows, clips), live, rtol=1e-3, atol=1e-4)
     assert torch.allclose(kept.mean("logits"), predict(model, videos, torch.arange(10), VIEW)[0], rtol=1e-3, atol=1e-3)
 
 
@@ -109,11 +110,14 @@ def test_a_student_is_taught_clip_by_clip(finished, tmp_path):
     execute(run, workers=1)
     videos = run.videos()
     knowledge, rows, clips = run.knowledge(0, videos), torch.tensor([3, 0, 5]), torch.tensor([0, 1, 2])
-    logits, features = knowledge.said(rows, clips)
-    mean = torch.stack([knowledge.said(rows, torch.full((3,), c))[0] for c in range(3)]).mean(0)
-    assert torch.allclose(mean, knowledge.said(rows)[0], atol=2e-3) and not torch.allclose(logits, mean, atol=2e-3)
-    shuffled = knowledge.shuffled(videos.training_rows, 0)
-    moved = shuffled.said(rows, clips)[1][0]
-    assert torch.equal(moved, knowledge.said(shuffled.dealt[rows], clips)[1][0]) and not torch.equal(moved, features[0])
+    logits, shuffled = knowledge.said(rows, clips), knowledge.shuffled(videos.training_rows, 0)
+    mean = torch.stack([knowledge.said(rows, torch.full((3,), c)) for c in range(3)]).mean(0)
+    assert torch.allclose(mean, knowledge.said(rows), atol=2e-3) and not torch.allclose(logits, mean, atol=2e-3)
+    for clip in (clips, None):
+        moved, own = shuffled.shown(rows, clip)[0], knowledge.shown(rows, clip)[0]
+        assert torch.equal(moved, knowledge.shown(shuffled.dealt[rows], clip)[0]) and not torch.equal(moved, own)
+        assert torch.equal(shuffled.said(rows, clip), knowledge.said(shuffled.dealt[rows], clip))
+    with pytest.raises(ValueError, match="target='clip': this knowledge is of whole videos only"):
+        distill("labels", finished.knowledge(0, videos), run.edges(0), videos, TINY.view, by_clip.distillation, seed=0)
     old, new = (load_tensors(r.student_folder(0, "both-graphs") / "student.safetensors") for r in (finished, run))
     assert not torch.equal(old["fc.weight"], new["fc.weight"])

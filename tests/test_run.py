@@ -218,8 +218,11 @@ def test_labelled_clips_are_judged_by_a_teacher_that_did_not_see_them(finished):
 
 def test_a_teacher_of_ones_own_goes_through_a_run(finished, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
-        "from torchvision.models.video import mc3_18\nfrom gdviz.tap import TappedBackbone\n"
-        "def net():\n    return TappedBackbone(mc3_18(), 'layer1', size=16, length=4)\n"
+        "from torchvision.models.video import mc3_18\nfrom gdviz.tap import TappedBackbone, TappedClassifier\n"
+        "def at(layer):\n    return TappedBackbone(mc3_18(), layer, size=16, length=4)\n"
+        "def net():\n    return at('layer1')\n"
+        "def other():\n    return at('layer1.0')\n"
+        "def answers():\n    return TappedClassifier(net(), 'fc')\n"
         "def nothing():\n    return 3\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -228,7 +231,13 @@ def test_a_teacher_of_ones_own_goes_through_a_run(finished, tmp_path, monkeypatc
     rows = execute(run, workers=1)
     assert [row["name"] for row in rows] == ["order", "mine:net", "labels", "both-graphs", "kd-mine:net"]
     assert "mine:net" in evaluation(run) and "mine:net" in table(run)
-    for name, message in (("mine:other", "no attribute 'other'"), ("yours:net", "No module"), ("mine:nothing", "returned int")):
+    monkeypatch.setattr(sys.modules["mine"], "net", sys.modules["mine"].other)
+    with pytest.raises(UserError, match="mine:net: returns another network than when"):
+        execute(run, workers=1)
+    answers = replace(profile, teachers=replace(TINY.teachers, tasks=("order", "mine:answers")), methods=("labels",))
+    with pytest.raises(UserError, match="mine:answers: answers in 400 classes, the data has 12"):
+        execute(another(run, tmp_path / "refused", profile=answers), workers=1)
+    for name, message in (("mine:none", "no attribute 'none'"), ("yours:net", "No module"), ("mine:nothing", "returned int")):
         with pytest.raises(UserError, match=f"--teachers.tasks {name}: .*{message}"):
             check_profile(replace(TINY, teachers=replace(TINY.teachers, tasks=("order", name))))
 

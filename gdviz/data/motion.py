@@ -162,7 +162,7 @@ def _plan(cfg: MotionData) -> list[dict[str, str]]:
     return rows
 
 
-def make_motion(root: Path | str, cfg: MotionData, *, workers: int = 1) -> Path:
+def make_motion(root: Path | str, cfg: MotionData, *, workers: int | str = 1) -> Path:
     """Writes the set once as mp4 files with an index and checksums; later calls find it there.
 
     Args:

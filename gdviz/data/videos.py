@@ -95,7 +95,7 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
     label_names = tuple(sorted({c.label for c in kept if c.label}))
     return VideoSet(
         name=name,
-        fingerprint=stamp,
+        fingerprint=fingerprint(stamp, sorted(skipped)) if skipped else stamp,  # rows shift with what is left out
         pixels=pixels,
         label_names=label_names,
         labels=torch.tensor([label_names.index(c.label) if c.label and c.split != "unlabelled" else -1 for c in kept]),

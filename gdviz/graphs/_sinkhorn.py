@@ -182,7 +182,7 @@ def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: 
         if sharpness <= KERNEL_RANGE[dtype]:
             kernel = log_kernel.exp()
 
-            def answer(old, applied, relax):  # old^(1 - relax) applied^-relax, without a power
+            def answer(old, applied, relax):  # old^(1 - relax) applied^-relax by square roots, for RELAX
                 if relax == 1:
                     return 1 / applied
                 root = torch.rsqrt(old * applied)
@@ -259,9 +259,9 @@ def _(a, b, cost, eps, tol, max_iter, guess=None):
 
 @torch.library.custom_op("gdviz::self_sinkhorn", mutates_args=())
 def self_sinkhorn(p: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int) -> tuple[Tensor, Tensor]:
-    """Value and potential of W_eps(p, p) by ``u <- sqrt(u / K (p u))`` (Feydy et al. 2019, eq. 25).
+    """Value and potential of W_eps(p, p), differentiable in ``p``, by ``u <- sqrt(u / K (p u))`` (Feydy et al. 2019, eq. 25).
 
-    The error halves at every step, whatever the marginal. Differentiable in ``p``."""
+    The error halves at every step, whatever the marginal."""
     eps_abs, sharpness = absolute_eps(cost, eps)
     dtype, tol = precision(sharpness, tol, p)
 
