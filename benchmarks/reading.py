@@ -94,7 +94,7 @@ def caches_of(paths: list[Path], folder: Path, size: int, frames: int = 64) -> d
     for kind in KINDS:
         view, start = View(size=size, frames=frames, cache=kind), time.process_time()
         sets[kind] = open_videos(clips, view, folder, name=kind)
-        stored = sum(p.stat().st_size for p in (folder / sets[kind].fingerprint).rglob("*") if p.is_file()) / len(paths)
+        stored = sum(p.stat().st_size for p in (folder / sets[kind].pixels.folder.name).rglob("*") if p.is_file()) / len(paths)
         filled = 1e3 * (time.process_time() - start) / len(paths)
         print(f"{kind} cache: {stored / 1e6:.3f} MB a video, filled in {filled:.0f} ms of CPU time each")
     return sets

@@ -97,7 +97,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(load, tm
 
 
 def test_a_cache_is_of_its_own_files_view_and_version_only(load, tmp_path, monkeypatch):
-    stamps = [load(kind, **changes).fingerprint for kind in KINDS for changes in ({}, {"size": 30}, {"frames": 9})]
+    stamps = [load(kind, **changes).pixels.folder.name for kind in KINDS for changes in ({}, {"size": 30}, {"frames": 9})]
     assert len(set(stamps)) == 9
     one, other = (tmp_path / "cache" / stamp for stamp in stamps[:2])
     shutil.rmtree(other)
@@ -105,16 +105,16 @@ def test_a_cache_is_of_its_own_files_view_and_version_only(load, tmp_path, monke
     with pytest.raises(UserError, match="holds other videos than its name says"):
         load("memmap", size=30)
     monkeypatch.setattr("gdviz.data.videos.VERSION", 99)
-    assert load("memmap").fingerprint not in stamps
+    assert load("memmap").pixels.folder.name not in stamps
 
 
 @pytest.mark.parametrize(("kind", "file"), [("memmap", "pixels.u8"), ("jpeg", "frames.jpeg"), ("transcode", "01.mp4")])
 def test_a_damaged_shard_is_named(load, tmp_path, kind, file):
     found = load(kind)
-    path = tmp_path / "cache" / found.fingerprint / "00001" / file
+    path = tmp_path / "cache" / found.pixels.folder.name / "00001" / file
     path.write_bytes(path.read_bytes()[:-50])
     found.batch(torch.tensor([0]))  # of another shard
-    with pytest.raises(UserError, match=rf"{found.fingerprint} is damaged \(shard 1: .*delete it"):
+    with pytest.raises(UserError, match=rf"{found.pixels.folder.name} is damaged \(shard 1: .*delete it"):
         found.batch(torch.tensor([3]))
 
 

@@ -83,7 +83,7 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
         raise UserError(
             f"--data {name}: {several.path.name} may show several classes, but students are trained on videos of one class each"
         )
-    stats = [(str(c.path), c.label, c.group, c.split, *stat(c.path)) for c in clips]
+    stats = [(str(c.path.resolve()), c.label, c.group, c.split, *stat(c.path)) for c in clips]
     stamp = fingerprint(stats, view.size, view.frames, view.cache, VERSION)
     folder = Path(cache) / stamp
     if not (folder / "index.json").exists():
