@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
 from gdviz import ranks
-from gdviz.artefacts import UserError
+from gdviz.artefacts import UserError, load_json, save_json
 from gdviz.config import Profile
+from gdviz.data.videos import VideoSet
 from gdviz.distill import methods_of
 from gdviz.models import build_backbone
 from gdviz.pretext import TASKS
-from gdviz.tap import own_teacher
+from gdviz.readout import predict, stamp_of
+from gdviz.tap import TappedClassifier, own_teacher
 
 
 def check_profile(profile: Profile) -> None:
@@ -54,3 +59,19 @@ def check_profile(profile: Profile) -> None:
                 build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
+
+
+def recognise_own_teachers(profile: Profile, videos: VideoSet, folder: Callable[[int, str], Path]) -> None:
+    """Raises UserError where one does not answer in the classes of the data, or is not the one that ``folder`` of a seed began with."""
+    for task in (t for t in profile.teachers.tasks if ":" in t):
+        teacher, view = own_teacher(task), profile.view_of(task)
+        if isinstance(teacher, TappedClassifier):
+            answers = predict(teacher, videos, torch.arange(1), view)[0].shape[1]
+            if answers != len(videos.label_names):
+                raise UserError(f"--teachers.tasks {task}: answers in {answers} classes, the data has {len(videos.label_names)}")
+        stamp = stamp_of([teacher], videos, view)
+        for seed in profile.seeds:
+            file = folder(seed, task) / "own.json"
+            if file.exists() and load_json(file)["stamp"] != stamp:
+                raise UserError(f"--teachers.tasks {task}: returns another network than when {file.parent} began; choose another --out")
+            save_json(file, {"stamp": stamp})

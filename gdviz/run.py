@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from gdviz import ranks
 from gdviz.artefacts import UserError, atomic, fingerprint, from_plain, load_json, load_tensors, plain, save_json, save_jsonl, save_tensors
-from gdviz.checks import check_profile
+from gdviz.checks import check_profile, recognise_own_teachers
 from gdviz.config import Profile
 from gdviz.data.videos import VideoSet, load_folder, load_motion
 from gdviz.distill import distill
@@ -41,8 +41,8 @@ from gdviz.evaluate import accuracy, calibration_error, footprint, shortcut_base
 from gdviz.knowledge import Knowledge, build_graphs, gather
 from gdviz.models import Classifier, build_backbone
 from gdviz.parallel import over_processes
-from gdviz.readout import is_whole, open_clips, predict, stamp_of
-from gdviz.tap import TappedClassifier, own_teacher
+from gdviz.readout import is_whole, open_clips, predict
+from gdviz.tap import own_teacher
 from gdviz.teachers import TeacherOutputs, build_teacher, outputs_of, pretrain
 from gdviz.training import Bookkeeping
 
@@ -115,12 +115,17 @@ def _videos(run: Run) -> VideoSet:
     return run.videos()
 
 
-def _left(jobs: list[tuple[Any, ...]], folder: Callable[..., Path], *files: str) -> list[tuple[Any, ...]]:
-    """The jobs that are not done: a step is done when its result is there, and the files that later steps read.
+def _left(
+    jobs: list[tuple[Any, ...]], folder: Callable[..., Path], *files: str, whole: Callable[[Path], bool] = lambda folder: True
+) -> list[tuple[Any, ...]]:
+    """The jobs that are not done: a step is done when its result is there, and what later steps read.
 
     Ranks wait here for the first one, which has written what it had to by then.
     """
-    return ranks.agreed([job for job in jobs if not all((folder(*job) / name).exists() for name in ("result.json", *files))])
+    left = [job for job in jobs if not (all((folder(*job) / name).exists() for name in ("result.json", *files)) and whole(folder(*job)))]
+    for job in left:  # with a result, its checkpoint would be taken for a left-over
+        (folder(*job) / "result.json").unlink(missing_ok=True)
+    return ranks.agreed(left)
 
 
 def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
@@ -248,7 +253,7 @@ def _begin(run: Run, workers: int | str) -> VideoSet:
     for stale in run.folder.rglob("*.ckpt"):  # of what was finished just before a kill
         if (stale.parent / "result.json").exists():
             stale.unlink(missing_ok=True)
-    _recognise_own_teachers(run, videos)
+    recognise_own_teachers(run.profile, videos, run.teacher_folder)
     save_json(run.folder / "environment.json", environment())
     save_json(run.folder / "source.json", {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()})
     with atomic(run.folder / "skipped.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -256,22 +261,6 @@ def _begin(run: Run, workers: int | str) -> VideoSet:
     for path, reason in videos.skipped:
         tqdm.write(f"skipped {path}: {reason}")
     return videos
-
-
-def _recognise_own_teachers(run: Run, videos: VideoSet) -> None:
-    """Raises UserError where one does not answer in the classes of the data, or is not the one that this run began with."""
-    for task in (t for t in run.profile.teachers.tasks if ":" in t):
-        teacher, view = own_teacher(task), run.profile.view_of(task)
-        if isinstance(teacher, TappedClassifier):
-            answers = predict(teacher, videos, torch.arange(1), view)[0].shape[1]
-            if answers != len(videos.label_names):
-                raise UserError(f"--teachers.tasks {task}: answers in {answers} classes, the data has {len(videos.label_names)}")
-        stamp = stamp_of([teacher], videos, view)
-        for seed in run.profile.seeds:
-            file = run.teacher_folder(seed, task) / "own.json"
-            if file.exists() and load_json(file)["stamp"] != stamp:
-                raise UserError(f"--teachers.tasks {task}: returns another network than when {run.folder} began; choose another --out")
-            save_json(file, {"stamp": stamp})
 
 
 def execute(run: Run, *, workers: int | str) -> list[dict[str, Any]]:
@@ -295,9 +284,9 @@ def execute(run: Run, *, workers: int | str) -> list[dict[str, Any]]:
         over_processes(work, jobs, workers, title=title if ranks.first() else None)
 
     teachers = [(s, t) for s in seeds for t in profile.teachers.tasks]
-    left = _left(teachers, run.teacher_folder, "teacher.safetensors", "outputs.safetensors", "history.jsonl")
-    if profile.distillation.target == "clip":
-        left += [job for job in teachers if job not in left and ranks.agreed(not is_whole(run.teacher_folder(*job) / "clips"))]
+    by_clip = profile.distillation.target == "clip"
+    files = ("teacher.safetensors", "outputs.safetensors", "history.jsonl")
+    left = _left(teachers, run.teacher_folder, *files, whole=lambda folder: not by_clip or is_whole(folder / "clips"))
     do(partial(train_teacher, run, bar=bars), left, "teachers")
     controls = (False, True) if "both-shuffled" in methods else (False,)
     left = _left([(s, c) for s in seeds for c in controls], run.edges_folder, "edges.safetensors")

@@ -119,5 +119,10 @@ def test_a_student_is_taught_clip_by_clip(finished, tmp_path):
         assert torch.equal(shuffled.said(rows, clip), knowledge.said(shuffled.dealt[rows], clip))
     with pytest.raises(ValueError, match="target='clip': this knowledge is of whole videos only"):
         distill("labels", finished.knowledge(0, videos), run.edges(0), videos, TINY.view, by_clip.distillation, seed=0)
+    part = run.teacher_folder(0, "order") / "clips" / "00000.safetensors"
+    before = load_tensors(part)
+    part.unlink()
+    execute(run, workers=1)  # makes that teacher again
+    assert all(torch.equal(x, before[name]) for name, x in load_tensors(part).items())
     old, new = (load_tensors(r.student_folder(0, "both-graphs") / "student.safetensors") for r in (finished, run))
     assert not torch.equal(old["fc.weight"], new["fc.weight"])
