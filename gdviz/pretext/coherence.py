@@ -17,6 +17,7 @@ class TemporalCoherence(nn.Module):
     All three show the same frames, so appearance cannot answer; the spoilt ones differ from the intact
     one by a jump, or by a sudden return, in the middle. Loss: ``-log softmax_c s(c)`` over the three, a
     contrast within the video (the choice of candidates is ours). Metric: accuracy. Chance: 1/3.
+    Published (Fernando et al., odd one out of videos' orders) for AlexNet, fine-tuned: 60.3 % on UCF101, 32.5 % on HMDB51.
     """
 
     metric, chance = "accuracy", 1 / 3

@@ -17,7 +17,8 @@ class FrameOrder(nn.Module):
     Loss: cross-entropy over (in order, shuffled). Chance: 1/2. Both forms of a clip share a batch (ours),
     so that appearance cannot answer; with one form each, training sometimes stayed at chance. Naming
     *which* of the 4! orders four sub-clips were put in (Lee et al. 2017; Xu et al. 2019) never left
-    chance within 20 passes over the embedded data with the small backbone.
+    chance within 20 passes over the embedded data with the small backbone. Published (Misra et al.) for
+    CaffeNet, fine-tuned: 50.2 % on UCF101, 18.1 % on HMDB51.
     """
 
     metric, chance = "accuracy", 1 / 2
