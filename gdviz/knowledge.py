@@ -26,7 +26,7 @@ class Knowledge:
     held_features: list[Float[Tensor, "n d"]]  # out of fold on labelled videos, and else the same
     labels: Tensor  # (n,) labels of the labelled training part, else -1
     fold: Tensor  # (n,) cross-fitting fold of a labelled video, else -1
-    temperatures: Float[Tensor, " k"]
+    temperatures: Float[Tensor, " k"] | None = None  # what logits by clip are divided by
     clips: tuple[ClipOutputs, ...] = ()  # of each teacher, where a student is taught clip by clip
     dealt: Tensor | None = None  # (n,) whose knowledge row i is, where shuffled
 
