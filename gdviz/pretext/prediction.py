@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate
 
+from gdviz import ranks
 from gdviz.data.sampling import augment, sample_clips
 from gdviz.models import Backbone
 
@@ -16,7 +17,7 @@ class FuturePrediction(nn.Module):
 
     Loss: mean squared error of the predicted change, divided by that of "nothing changes".
     Metric: the share of the change explained, 1 - loss (copying the last frame: 0). A ratio of means over
-    the batch: over ranks, that of each one's part. Its papers report no such number.
+    the batch, that of all ranks. Its papers report no such number.
     """
 
     metric, chance = "explained", 0.0
@@ -40,6 +41,6 @@ class FuturePrediction(nn.Module):
         return last + self.paint(torch.cat([code, last], 1))
 
     def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        still = (target - clips[:, :, -1]).square().mean()
+        still = ranks.gather((target - clips[:, :, -1]).square().mean()[None]).mean()
         loss = (self.predict(backbone, clips) - target).square().mean() / (still + 1e-6)
         return loss, 1 - loss.detach()

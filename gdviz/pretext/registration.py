@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, smooth_l1_loss
 
+from gdviz import ranks
 from gdviz.data.sampling import augment, sample_clips
 from gdviz.models import Backbone
 
@@ -45,5 +46,6 @@ class Registration(nn.Module):
 
     def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         estimate = self.head(backbone(clips))
-        explained = 1 - (estimate - target).square().mean() / target.var(0, correction=0).mean()
-        return smooth_l1_loss(estimate, target, beta=0.2), explained.detach()
+        said, truth = ranks.gather(torch.cat([estimate.detach(), target], 1)).chunk(2, 1)  # a variance is of the whole batch
+        explained = 1 - (said - truth).square().mean() / truth.var(0, correction=0).mean()
+        return smooth_l1_loss(estimate, target, beta=0.2), explained
