@@ -43,6 +43,11 @@ class _Drawn:
     seeds: list[int]
     done: dict[int, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        view = self.profile.view
+        return (len(self.motions), view.frames, view.size, view.size, 3)
+
     def _draw(self, row: int) -> np.ndarray:
         if row not in self.done:
             cfg, view = self.profile.motion, self.profile.view
