@@ -17,6 +17,7 @@ mpl.use("Agg")
 
 from gdviz.artefacts import UserError, save_json, save_jsonl
 from gdviz.config import METHODS, Distillation, MotionData, Profile, Schedule, Teachers
+from gdviz.data.sampling import pick_frames
 from gdviz.example import Example, open_example, pack_example
 from gdviz.notebook import Session, check, find_run, setup
 from gdviz.run import Run, execute
@@ -130,6 +131,7 @@ def test_the_example_is_small_and_reads_like_a_run():
     view = run.profile.view
     assert batch.shape == (2, view.frames, view.size, view.size, 3)
     assert batch.dtype == torch.uint8
+    assert torch.equal(videos.clips(torch.tensor([0, n - 1]), 4, 2), pick_frames(batch, 4, 2))
 
 
 def test_the_renderer_still_draws_what_the_run_saw():
