@@ -166,17 +166,15 @@ class _Finished:
         return build_graphs(self.knowledge, dim, self.videos.training_rows, self.run.profile.distillation)
 
 
-def _logits_graph(look: _Finished) -> Figure:
+def _logits_graph(look: _Finished) -> Figure | None:
+    if len(look.knowledge.teachers) < 2:  # no plan between two
+        return None
     test, temperature = look.test, look.run.profile.distillation.temperature
     student_probs = torch.softmax(look.outputs["logits"][test] / temperature, 1)
     graph = look.graphs()[0].to_networkx(look.knowledge.probs(temperature)[test], look.edges.teachers[-1][test], student_probs)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.25, 1))
     plots.plot_logits_graph(graph, left)
-    first, second = (
-        (look.knowledge.teachers * 2)[:2]
-        if len(look.knowledge.teachers) < 2
-        else sorted(look.knowledge.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
-    )
+    first, second = sorted(look.knowledge.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
     edge = graph[first][second]
     plots.plot_plan(edge["plan"], look.videos.label_names, edge["rows"], edge["columns"], right)
     return figure

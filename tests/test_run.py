@@ -27,7 +27,7 @@ from gdviz.edges import learn_edges
 from gdviz.graphs import POLICIES, LogitsGraph, RepresentationGraph
 from gdviz.knowledge import build_graphs, gather
 from gdviz.pretext import TASKS
-from gdviz.report import evaluation, table
+from gdviz.report import draw_figures, evaluation, table
 from gdviz.run import Run, execute, open_run
 from gdviz.teachers import outputs_of, pretrain
 
@@ -214,6 +214,14 @@ def test_labelled_clips_are_judged_by_a_teacher_that_did_not_see_them(finished):
     same = (whole - out.logits).abs().amax(1) < 2e-3  # outputs are kept in half precision
     assert same[~train].all()
     assert not same[train].any()
+
+
+def test_one_teacher_alone_goes_through_to_its_figures(finished, tmp_path):
+    profile = replace(TINY, teachers=replace(TINY.teachers, tasks=("order",), strides=(2,)), methods=("labels", "both-graphs"))
+    run = another(finished, tmp_path / "run", profile=profile)
+    execute(run, workers=1)
+    drawn = {path.stem for path in draw_figures(run, tmp_path / "figures")}
+    assert "accuracy" in drawn and "logits_graph" not in drawn  # there is no plan between two
 
 
 def test_a_teacher_of_ones_own_goes_through_a_run(finished, tmp_path, monkeypatch):
