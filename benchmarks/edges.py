@@ -19,15 +19,15 @@ from statistics import mean, stdev
 import torch
 from torch import Generator
 
+from gdviz.core.processes import over_processes
 from gdviz.data.videos import VideoSet
-from gdviz.distill import distill, kd_weights
-from gdviz.edges import Edges, learn_edges
-from gdviz.evaluate import accuracy
-from gdviz.graphs import FOLLOW_STUDENT, POLICIES
-from gdviz.knowledge import Knowledge, build_graphs
-from gdviz.parallel import over_processes
-from gdviz.readout import predict
-from gdviz.run import Run, open_run
+from gdviz.experiment.metrics import accuracy
+from gdviz.experiment.steps import Run, open_run
+from gdviz.student.distill import distill, kd_weights
+from gdviz.student.edges import Edges, learn_edges
+from gdviz.student.weighting import FOLLOW_STUDENT, POLICIES
+from gdviz.teachers.bank import Knowledge, build_graphs
+from gdviz.teachers.readout import predict
 
 RULES = ("learned", *POLICIES)
 TEACHERS = ("good", "fair", "constant", "lying")
@@ -38,9 +38,14 @@ def with_bad_teachers(knowledge: Knowledge, seed: int) -> Knowledge:
     known, classes = knowledge.labels >= 0, knowledge.logits.shape[-1]
     right = (knowledge.logits[known].argmax(-1) == knowledge.labels[known, None]).float().mean(0)
     good, fair = right.argsort(descending=True)[:2].tolist()
-    best, cycle = knowledge.logits[:, good], torch.randperm(classes, generator=Generator().manual_seed(seed))
+    best, cycle = (
+        knowledge.logits[:, good],
+        torch.randperm(classes, generator=Generator().manual_seed(seed)),
+    )
     lies = torch.empty_like(cycle).scatter(0, cycle, cycle.roll(1))
-    constant = torch.log(knowledge.labels[known].bincount(minlength=classes) / known.sum()).expand_as(best)
+    constant = torch.log(
+        knowledge.labels[known].bincount(minlength=classes) / known.sum()
+    ).expand_as(best)
     keep = [good, fair, good, good]
     return replace(
         knowledge,
@@ -54,8 +59,16 @@ def with_bad_teachers(knowledge: Knowledge, seed: int) -> Knowledge:
 @lru_cache(1)
 def setting(run: Run, seed: int) -> tuple[VideoSet, Knowledge, Edges]:
     videos, cfg = run.videos(), run.profile.distillation
-    knowledge = with_bad_teachers(run.knowledge(run.profile.seeds[seed % len(run.profile.seeds)], videos), seed)
-    return videos, knowledge, learn_edges(knowledge, *build_graphs(knowledge, 1, videos.training_rows, cfg), cfg.edges, seed=seed)
+    knowledge = with_bad_teachers(
+        run.knowledge(run.profile.seeds[seed % len(run.profile.seeds)], videos), seed
+    )
+    return (
+        videos,
+        knowledge,
+        learn_edges(
+            knowledge, *build_graphs(knowledge, 1, videos.training_rows, cfg), cfg.edges, seed=seed
+        ),
+    )
 
 
 def measure(run: Run, out: Path | None, seed: int, rule: str) -> list[float | str]:
@@ -64,15 +77,35 @@ def measure(run: Run, out: Path | None, seed: int, rule: str) -> list[float | st
     Without epochs no student is trained, and rules that follow one are left out.
     """
     (videos, knowledge, edges), cfg = setting(run, seed), run.profile.distillation
-    everything, test, student = torch.arange(len(videos.splits)), videos.rows("test"), torch.zeros(0)
+    everything, test, student = (
+        torch.arange(len(videos.splits)),
+        videos.rows("test"),
+        torch.zeros(0),
+    )
     share = float("nan")
     if cfg.schedule.epochs:
-        trained, _ = distill(f"kd-{rule}", knowledge, edges, videos, run.profile.view, cfg, seed=seed)
+        trained, _ = distill(
+            f"kd-{rule}", knowledge, edges, videos, run.profile.view, cfg, seed=seed
+        )
         logits, _ = predict(trained.classifier, videos, everything, run.profile.view)
-        student, share = torch.softmax(logits / cfg.temperature, 1), 100 * accuracy(logits[test], videos.labels[test])
-    weights = kd_weights(rule, knowledge, edges, knowledge.probs(cfg.temperature))(everything, -1, student)
-    mixture = 100 * accuracy((weights[..., None] * knowledge.probs()).sum(1)[test], videos.labels[test])
-    row = [rule, seed, cfg.schedule.epochs, *weights[videos.training_rows].mean(0).tolist(), mixture, share]
+        student, share = (
+            torch.softmax(logits / cfg.temperature, 1),
+            100 * accuracy(logits[test], videos.labels[test]),
+        )
+    weights = kd_weights(rule, knowledge, edges, knowledge.probs(cfg.temperature))(
+        everything, -1, student
+    )
+    mixture = 100 * accuracy(
+        (weights[..., None] * knowledge.probs()).sum(1)[test], videos.labels[test]
+    )
+    row = [
+        rule,
+        seed,
+        cfg.schedule.epochs,
+        *weights[videos.training_rows].mean(0).tolist(),
+        mixture,
+        share,
+    ]
     if out:
         with open(out, "a", newline="") as file:
             csv.writer(file).writerow(row)
@@ -80,10 +113,16 @@ def measure(run: Run, out: Path | None, seed: int, rule: str) -> list[float | st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="folder of a finished run, such as runs/smoke")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, help="of a student's training; as in the run by default, 0: weights only")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        help="of a student's training; as in the run by default, 0: weights only",
+    )
     parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="CSV of single students, to stop and go on")
@@ -91,23 +130,54 @@ def main() -> None:
     run = open_run(given.run)
     cfg = run.profile.distillation
     epochs = cfg.schedule.epochs if given.epochs is None else given.epochs
-    run = replace(run, profile=replace(run.profile, distillation=replace(cfg, schedule=replace(cfg.schedule, epochs=epochs))))
+    run = replace(
+        run,
+        profile=replace(
+            run.profile, distillation=replace(cfg, schedule=replace(cfg.schedule, epochs=epochs))
+        ),
+    )
     rules = [rule for rule in given.rules if epochs or rule not in FOLLOW_STUDENT]
     wanted = [(seed, rule) for seed in range(given.seeds) for rule in rules]
-    lines = csv.reader(given.out.read_text().splitlines() if given.out and given.out.exists() else [])
-    found = {(int(seed), rule): list(map(float, rest)) for rule, seed, of, *rest in lines if int(of) == epochs}
+    lines = csv.reader(
+        given.out.read_text().splitlines() if given.out and given.out.exists() else []
+    )
+    found = {
+        (int(seed), rule): list(map(float, rest))
+        for rule, seed, of, *rest in lines
+        if int(of) == epochs
+    }
     left = [job for job in wanted if job not in found]
-    for rule, seed, _, *rest in over_processes(partial(measure, run, given.out), left, given.workers, title="students"):
+    for rule, seed, _, *rest in over_processes(
+        partial(measure, run, given.out), left, given.workers, title="students"
+    ):
         found[seed, rule] = rest
-    print("rule", *TEACHERS, "bad together (most)", "mixture", "student ± over seeds", f"minus {rules[0]} ± standard error", sep=" | ")
+    print(
+        "rule",
+        *TEACHERS,
+        "bad together (most)",
+        "mixture",
+        "student ± over seeds",
+        f"minus {rules[0]} ± standard error",
+        sep=" | ",
+    )
     for rule in rules:
-        *weights, mixtures, students = zip(*(found[seed, rule] for seed in range(given.seeds)), strict=True)
+        *weights, mixtures, students = zip(
+            *(found[seed, rule] for seed in range(given.seeds)), strict=True
+        )
         bad = [a + b for a, b in zip(*weights[2:], strict=True)]
-        cells = [rule, *(f"{mean(w):.2f}" for w in weights), f"{mean(bad):.2f} ({max(bad):.2f})", f"{mean(mixtures):.1f}"]
+        cells = [
+            rule,
+            *(f"{mean(w):.2f}" for w in weights),
+            f"{mean(bad):.2f} ({max(bad):.2f})",
+            f"{mean(mixtures):.1f}",
+        ]
         if epochs:
             spread = stdev if given.seeds > 1 else lambda _: 0.0
             apart = [x - found[seed, rules[0]][-1] for seed, x in enumerate(students)]
-            cells += [f"{mean(students):.1f} ± {spread(students):.1f}", f"{mean(apart):+.1f} ± {spread(apart) / len(apart) ** 0.5:.1f}"]
+            cells += [
+                f"{mean(students):.1f} ± {spread(students):.1f}",
+                f"{mean(apart):+.1f} ± {spread(apart) / len(apart) ** 0.5:.1f}",
+            ]
         print(*cells, sep=" | ")
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdviz import losses
 from gdviz.graphs import LogitsGraph, RepresentationGraph, kernels, sinkhorn, zero_one_cost
-from gdviz.models import Classifier, build_backbone
+from gdviz.student import losses
+from gdviz.teachers.backbones import Classifier, build_backbone
 
 try:
     from ot.batch import solve_batch
@@ -32,7 +32,17 @@ except ImportError:
 BUDGET_S = 10.0  # for one comparison
 DEVICE = "cpu"
 EPS = 0.05
-SIZES = ((51, 4), (101, 4), (51, 6), (101, 6), (51, 8), (101, 8), (400, 4), (400, 6), (400, 8))  # classes, teachers
+SIZES = (
+    (51, 4),
+    (101, 4),
+    (51, 6),
+    (101, 6),
+    (51, 8),
+    (101, 8),
+    (400, 4),
+    (400, 6),
+    (400, 8),
+)  # classes, teachers
 POT_TOL = 1e-3  # of the L2 norm of the marginal error, tested every 10 iterations; ours is of the L1 norm, which is larger
 
 
@@ -53,7 +63,9 @@ def compare(title: str, **forms: Callable[[], object]) -> None:
     for call in forms.values():
         call()  # what is built once: plans, kernels, caches
     end = time.perf_counter() + BUDGET_S
-    while len(times[next(iter(forms))]) < 3 or (time.perf_counter() < end and len(times[next(iter(forms))]) < 50):
+    while len(times[next(iter(forms))]) < 3 or (
+        time.perf_counter() < end and len(times[next(iter(forms))]) < 50
+    ):
         for name, call in forms.items():
             times[name].append(once(call))
     ours = times[next(iter(forms))]
@@ -61,7 +73,9 @@ def compare(title: str, **forms: Callable[[], object]) -> None:
     for name in list(forms)[1:]:
         ratios = sorted(theirs / mine for theirs, mine in zip(times[name], ours, strict=True))
         spread = f"{ratios[len(ratios) // 4]:.1f} to {ratios[3 * len(ratios) // 4]:.1f}"
-        parts.append(f"{name} {statistics.median(ratios):.1f}x ({spread}; best against best {min(times[name]) / min(ours):.1f})")
+        parts.append(
+            f"{name} {statistics.median(ratios):.1f}x ({spread}; best against best {min(times[name]) / min(ours):.1f})"
+        )
     print(f"{title:46}" + "   ".join(parts), flush=True)
 
 
@@ -96,7 +110,9 @@ def steps_to(error: float, a: Tensor, b: Tensor, cost: Tensor, eps: float) -> in
 
 def marginal_error(plan: Tensor, a: Tensor, b: Tensor) -> float:
     """Largest L1 distance of a plan's marginals from those asked for."""
-    return float(torch.maximum((plan.sum(2) - a).abs().sum(1), (plan.sum(1) - b).abs().sum(1)).max())
+    return float(
+        torch.maximum((plan.sum(2) - a).abs().sum(1), (plan.sum(1) - b).abs().sum(1)).max()
+    )
 
 
 def problems(classes: int, teachers: int) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -106,7 +122,12 @@ def problems(classes: int, teachers: int) -> tuple[Tensor, Tensor, Tensor, str]:
     points = torch.randn(classes, 16)
     cost = torch.cdist(points, points).to(DEVICE)
     a, b = (torch.softmax(2 * torch.randn(count, classes), 1).to(DEVICE) for _ in range(2))
-    return a, b, cost / cost.sum() * classes * (classes - 1), f"transport to 1e-3, C={classes}, K={teachers} ({count})"
+    return (
+        a,
+        b,
+        cost / cost.sum() * classes * (classes - 1),
+        f"transport to 1e-3, C={classes}, K={teachers} ({count})",
+    )
 
 
 def transport() -> None:
@@ -115,12 +136,24 @@ def transport() -> None:
         steps = steps_to(1e-3, a, b, cost, EPS)
         forms = {
             "gdviz": lambda a=a, b=b, cost=cost: sinkhorn(a, b, cost, eps=EPS, tol=1e-3),
-            "log-sum-exp loop": lambda a=a, b=b, cost=cost, steps=steps: log_sum_exp(a, b, cost, EPS, steps),
+            "log-sum-exp loop": lambda a=a, b=b, cost=cost, steps=steps: log_sum_exp(
+                a, b, cost, EPS, steps
+            ),
         }
         if solve_batch is not None:
-            options = {"method": "log_sinkhorn", "reg_type": "entropy", "max_iter": 2000, "tol": POT_TOL, "grad": "detach"}
-            forms["POT solve_batch, log"] = lambda a=a, b=b, cost=cost: solve_batch(cost.expand(len(a), -1, -1), EPS, a, b, **options)
-            print(f"POT's marginal error: {marginal_error(forms['POT solve_batch, log']().plan, a, b):.1e}")
+            options = {
+                "method": "log_sinkhorn",
+                "reg_type": "entropy",
+                "max_iter": 2000,
+                "tol": POT_TOL,
+                "grad": "detach",
+            }
+            forms["POT solve_batch, log"] = lambda a=a, b=b, cost=cost: solve_batch(
+                cost.expand(len(a), -1, -1), EPS, a, b, **options
+            )
+            print(
+                f"POT's marginal error: {marginal_error(forms['POT solve_batch, log']().plan, a, b):.1e}"
+            )
         compare(title, **forms)
 
 
@@ -131,7 +164,9 @@ def ott() -> None:
         steps = steps_to(1e-3, a, b, cost, EPS)
         shared = geometry.Geometry(cost_matrix=jax.numpy.asarray(cost.cpu()), epsilon=EPS)
         ja, jb = (jax.numpy.asarray(x.cpu()) for x in (a, b))
-        solver = ott_sinkhorn.Sinkhorn(lse_mode=False, threshold=0.0, min_iterations=steps, max_iterations=steps)
+        solver = ott_sinkhorn.Sinkhorn(
+            lse_mode=False, threshold=0.0, min_iterations=steps, max_iterations=steps
+        )
 
         def one(x, y, shared=shared, solver=solver):
             out = solver(linear_problem.LinearProblem(shared, a=x, b=y))
@@ -141,8 +176,16 @@ def ott() -> None:
         f, g = (torch.tensor(jax.device_get(x)) for x in solve(ja, jb)[1:])
         plan = ((f[:, :, None] + g[:, None, :] - cost.cpu()) / EPS).exp()
         print(f"OTT's marginal error: {marginal_error(plan, a.cpu(), b.cpu()):.1e}")
-        forms = {f"OTT-JAX kernel, told {steps} steps": lambda solve=solve, ja=ja, jb=jb: jax.block_until_ready(solve(ja, jb))}
-        compare(title, gdviz=lambda a=a, b=b, cost=cost: sinkhorn(a, b, cost, eps=EPS, tol=1e-3), **forms)
+        forms = {
+            f"OTT-JAX kernel, told {steps} steps": lambda solve=solve, ja=ja, jb=jb: (
+                jax.block_until_ready(solve(ja, jb))
+            )
+        }
+        compare(
+            title,
+            gdviz=lambda a=a, b=b, cost=cost: sinkhorn(a, b, cost, eps=EPS, tol=1e-3),
+            **forms,
+        )
 
 
 # --- representation
@@ -164,7 +207,13 @@ def representation() -> None:
         shown = [torch.randn(64, size, device=DEVICE) for _ in range(teachers)]
         h = torch.randn(64, 128, device=DEVICE, requires_grad=True)
         graphs = {
-            route: RepresentationGraph([f"t{k}" for k in range(teachers)], [size] * teachers, 128, route=route, sketch_dim=m).to(DEVICE)
+            route: RepresentationGraph(
+                [f"t{k}" for k in range(teachers)],
+                [size] * teachers,
+                128,
+                route=route,
+                sketch_dim=m,
+            ).to(DEVICE)
             for route in ("kernel", "sketch")
         }
         pairs = list(combinations(range(teachers), 2))
@@ -172,10 +221,15 @@ def representation() -> None:
         places = [torch.randint(m, (size + 1,), device=DEVICE) for _ in range(2)]
         signs = [torch.randint(2, (size + 1,), device=DEVICE) * 2.0 - 1 for _ in range(2)]
 
-        def pooled(graph=graphs["kernel"], shown=shown, h=h, pairs=pairs, places=places, signs=signs, m=m):
+        def pooled(
+            graph=graphs["kernel"], shown=shown, h=h, pairs=pairs, places=places, signs=signs, m=m
+        ):
             own, told, total = graph.student_vectors(h), graph.teacher_vectors(shown), 0.0
             for i, j in pairs:
-                x, y = compact_bilinear(told[i], told[j], places, signs, m), compact_bilinear(own[i], own[j], places, signs, m)
+                x, y = (
+                    compact_bilinear(told[i], told[j], places, signs, m),
+                    compact_bilinear(own[i], own[j], places, signs, m),
+                )
                 total = total + gram_mmd(x, y)  # the same distance: only the pooling differs
             return gradient(total, h)
 
@@ -207,18 +261,32 @@ def gram_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mmd() -> None:
-    x, y = torch.randn(64, 512, device=DEVICE), torch.randn(64, 512, device=DEVICE, requires_grad=True)
+    x, y = (
+        torch.randn(64, 512, device=DEVICE),
+        torch.randn(64, 512, device=DEVICE, requires_grad=True),
+    )
 
-    compare("MMD, B=64, d=512", **{"one product": lambda: gradient(gram_mmd(x, y), y), "differences": lambda: gradient(naive_mmd(x, y), y)})
+    compare(
+        "MMD, B=64, d=512",
+        **{
+            "one product": lambda: gradient(gram_mmd(x, y), y),
+            "differences": lambda: gradient(naive_mmd(x, y), y),
+        },
+    )
 
 
 def rkd() -> None:
-    x, y = torch.randn(64, 512, device=DEVICE, requires_grad=True), torch.randn(64, 512, device=DEVICE)
+    x, y = (
+        torch.randn(64, 512, device=DEVICE, requires_grad=True),
+        torch.randn(64, 512, device=DEVICE),
+    )
 
     def authors():
         def distance(e):
             square = e.pow(2).sum(1)
-            d = (square[:, None] + square[None] - 2 * e @ e.T).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(e), device=e.device))
+            d = (square[:, None] + square[None] - 2 * e @ e.T).clamp(min=1e-12).sqrt() * (
+                1 - torch.eye(len(e), device=e.device)
+            )
             return d / d[d > 0].mean()
 
         def angle(e):
@@ -227,10 +295,15 @@ def rkd() -> None:
 
         with torch.no_grad():
             told = distance(y), angle(y)
-        return gradient(25 * F.smooth_l1_loss(distance(x), told[0]) + 50 * F.smooth_l1_loss(angle(x), told[1]), x)
+        return gradient(
+            25 * F.smooth_l1_loss(distance(x), told[0]) + 50 * F.smooth_l1_loss(angle(x), told[1]),
+            x,
+        )
 
     def ours():
-        return gradient(25 * losses.relational_distance_loss(x, y) + 50 * losses.relational_angle_loss(x, y), x)
+        return gradient(
+            25 * losses.relational_distance_loss(x, y) + 50 * losses.relational_angle_loss(x, y), x
+        )
 
     compare("RKD, B=64, d=512", **{"Gram matrix": ours, "differences": authors})
 
@@ -251,11 +324,18 @@ def step() -> None:
     z = torch.randn(batch, classes, device=DEVICE, requires_grad=True)
     h = torch.randn(batch, 512, device=DEVICE, requires_grad=True)
     v = torch.full((len(graph.pairs),), 1 / len(graph.pairs), device=DEVICE)
-    part = batch if DEVICE != "cpu" else 2  # on a CPU a whole batch takes a minute: two clips, times 32
-    student, clips = Classifier(build_backbone("r3d_18"), classes).to(DEVICE), torch.randn(part, 3, 16, 112, 112, device=DEVICE)
+    part = (
+        batch if DEVICE != "cpu" else 2
+    )  # on a CPU a whole batch takes a minute: two clips, times 32
+    student, clips = (
+        Classifier(build_backbone("r3d_18"), classes).to(DEVICE),
+        torch.randn(part, 3, 16, 112, 112, device=DEVICE),
+    )
 
     def graphs():
-        return gradient(logits_graph.loss(z, probs, w, consensus) + graph.loss(h, shown, consensus, v), z, h)
+        return gradient(
+            logits_graph.loss(z, probs, w, consensus) + graph.loss(h, shown, consensus, v), z, h
+        )
 
     def network():
         student.zero_grad()
@@ -264,10 +344,20 @@ def step() -> None:
     graphs()
     network()
     ratio = statistics.median(once(graphs) / (once(network) * batch / part) for _ in range(5))
-    print(f"{'both graphs, C=101, K=4, B=64':46}{100 * ratio:.2f} % of a step of r3d_18 at 16x112x112 ({part} clips timed)", flush=True)
+    print(
+        f"{'both graphs, C=101, K=4, B=64':46}{100 * ratio:.2f} % of a step of r3d_18 at 16x112x112 ({part} clips timed)",
+        flush=True,
+    )
 
 
-PARTS = {"transport": transport, "ott": ott, "representation": representation, "mmd": mmd, "rkd": rkd, "step": step}
+PARTS = {
+    "transport": transport,
+    "ott": ott,
+    "representation": representation,
+    "mmd": mmd,
+    "rkd": rkd,
+    "step": step,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -14,17 +14,17 @@ from typing import Annotated
 import torch
 import tyro
 
-from gdviz import ranks
-from gdviz import run as runs
-from gdviz.artefacts import UserError
 from gdviz.config import PROFILES, Profile, View
-from gdviz.data.index import read_folder
-from gdviz.data.layouts import SOURCES, describe, read_official, save_list
+from gdviz.core import distributed as ranks
+from gdviz.core.files import UserError
+from gdviz.core.processes import Stopped, WorkerDied
+from gdviz.data.listing import read_folder
+from gdviz.data.official import SOURCES, describe, read_official, save_list
 from gdviz.data.shards import write_shards
 from gdviz.data.verified import verified
 from gdviz.data.videos import load_folder
-from gdviz.parallel import Stopped, WorkerDied
-from gdviz.report import draw_figures, evaluation, table
+from gdviz.experiment import steps as runs
+from gdviz.show.report import draw_figures, evaluation, table
 
 USAGE = """usage: gdviz run [--profile smoke|workshop|paper] [--data DIR] [--out DIR] [options]   (gdviz run --help lists them)
        gdviz evaluate RUN                 linear probe, retrieval, calibration and accuracy by class of a finished run
@@ -90,7 +90,7 @@ class CheckArguments:
     workers: int = 2
     """decoding processes; with one, a file that kills or hangs its reader ends the check"""
     cluster: str = ""
-    """address of a Dask scheduler, whose machines decode instead (``gdviz.parallel``)"""
+    """address of a Dask scheduler, whose machines decode instead (``gdviz.core.processes``)"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def _device(name: str) -> str:
 
 def _run(arguments: list[str]) -> None:
     profile, rest = _profile(arguments)
-    args = tyro.cli(RunArguments, prog="gdviz run", default=RunArguments(settings=profile), args=rest)
+    args = tyro.cli(
+        RunArguments, prog="gdviz run", default=RunArguments(settings=profile), args=rest
+    )
     if args.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: is not installed; pip install 'gdviz[tensorboard]'")
     ranks.start(cpu=args.device == "cpu" or not torch.cuda.is_available())
@@ -144,13 +146,22 @@ def _run(arguments: list[str]) -> None:
     device = args.device if args.cluster else _device(args.device)
     whole = Path.resolve if args.cluster else Path
     if args.cluster and ranks.world() > 1:
-        raise UserError("--cluster: hands out whole trainings; `torchrun` shares one among processes: choose one of them")
+        raise UserError(
+            "--cluster: hands out whole trainings; `torchrun` shares one among processes: choose one of them"
+        )
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: needs 0 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = args.workers or (1 if device != "cpu" else cores)
     folder = args.out or runs.default_folder(args.settings, args.data)
-    run = runs.Run(args.settings, whole(folder), args.data and whole(args.data), whole(args.cache), device, args.tensorboard)
+    run = runs.Run(
+        args.settings,
+        whole(folder),
+        args.data and whole(args.data),
+        whole(args.cache),
+        device,
+        args.tensorboard,
+    )
     runs.execute(run, workers=args.cluster or workers)
     if not ranks.first():
         return
@@ -188,7 +199,11 @@ def _check(arguments: list[str]) -> None:
             print(f"{label}: {count} videos")
     refused = 0
     if args.verify:
-        found = verified([clip.path for clip in clips], args.cache / "cache" / "verified.sqlite", workers=args.cluster or args.workers)
+        found = verified(
+            [clip.path for clip in clips],
+            args.cache / "cache" / "verified.sqlite",
+            workers=args.cluster or args.workers,
+        )
         for clip, reason in zip(clips, found, strict=True):
             if isinstance(reason, str):
                 print(f"refused {clip.path}: {reason}")
@@ -203,7 +218,9 @@ def _check(arguments: list[str]) -> None:
 def _shards(arguments: list[str]) -> None:
     args = tyro.cli(ShardArguments, prog="gdviz data shards", args=arguments)
     for path in write_shards(
-        load_folder(args.data, args.view, args.cache / "cache", workers=args.workers), args.out, per_shard=args.per_shard
+        load_folder(args.data, args.view, args.cache / "cache", workers=args.workers),
+        args.out,
+        per_shard=args.per_shard,
     ):
         print(path)
 
@@ -211,7 +228,9 @@ def _shards(arguments: list[str]) -> None:
 def _data(arguments: list[str]) -> None:
     commands = {"check": _check, "shards": _shards}
     if not arguments or arguments[0] not in commands:
-        raise UserError(f"data {' '.join(arguments[:1])}: unknown; there are `gdviz data check DIR` and `gdviz data shards DIR OUT`")
+        raise UserError(
+            f"data {' '.join(arguments[:1])}: unknown; there are `gdviz data check DIR` and `gdviz data shards DIR OUT`"
+        )
     commands[arguments[0]](arguments[1:])
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-METHODS = ("labels", "kd-best", "kd-uniform", "logits-graph", "representation-graph", "both-graphs", "both-shuffled")
+METHODS = (
+    "labels",
+    "kd-best",
+    "kd-uniform",
+    "logits-graph",
+    "representation-graph",
+    "both-graphs",
+    "both-shuffled",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Teachers:
     """Pre-training and fitting of the teachers."""
 
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
-    """pretext tasks, one teacher each; MODULE:FUNCTION for one of your own, a gdviz.tap.TappedBackbone or TappedClassifier"""
+    """pretext tasks, one teacher each; MODULE:FUNCTION for one of your own, a gdviz.teachers.own.TappedBackbone or TappedClassifier"""
     strides: tuple[int, ...] = (2, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16m"
@@ -153,18 +161,28 @@ def _profiles() -> dict[str, Profile]:
     workshop = replace(
         smoke,
         teachers=replace(smoke.teachers, pretrain=Schedule(epochs=20, batch=32, min_steps=20)),
-        distillation=replace(smoke.distillation, schedule=Schedule(epochs=40, batch=32, lr=1e-2, min_steps=20), labelled_batch=16),
+        distillation=replace(
+            smoke.distillation,
+            schedule=Schedule(epochs=40, batch=32, lr=1e-2, min_steps=20),
+            labelled_batch=16,
+        ),
         methods=(*METHODS, *(f"kd-{task}" for task in smoke.teachers.tasks)),
     )
     paper = Profile(
         view=View(size=112, frames=64, length=16, stride=2),
         teachers=Teachers(
             backbone="r3d_18",
-            pretrain=Schedule(epochs=200, batch=64, lr=1e-3, weight_decay=0.05, clip=1.0, precision="bf16"),
-            fit=Schedule(epochs=60, batch=32, lr=5e-4, weight_decay=0.05, clip=1.0, precision="bf16"),
+            pretrain=Schedule(
+                epochs=200, batch=64, lr=1e-3, weight_decay=0.05, clip=1.0, precision="bf16"
+            ),
+            fit=Schedule(
+                epochs=60, batch=32, lr=5e-4, weight_decay=0.05, clip=1.0, precision="bf16"
+            ),
         ),
         distillation=Distillation(
-            "tiny32n", Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02, clip=1.0, precision="bf16"), labelled_batch=16
+            "tiny32n",
+            Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02, clip=1.0, precision="bf16"),
+            labelled_batch=16,
         ),
     )
     return {"smoke": smoke, "workshop": workshop, "paper": paper}

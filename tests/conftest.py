@@ -12,7 +12,7 @@ import torch
 from gdviz.config import Distillation, Edges, MotionData, Profile, Schedule, Teachers, View
 from gdviz.data.motion import encode, render
 from gdviz.data.videos import VideoSet
-from gdviz.run import Run, execute
+from gdviz.experiment.steps import Run, execute
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,10 @@ TINY = Profile(
         folds=2,
     ),
     distillation=Distillation(
-        student="tiny4", schedule=Schedule(epochs=2, batch=16), labelled_batch=8, edges=Edges(refreshes=3, gate_steps=2)
+        student="tiny4",
+        schedule=Schedule(epochs=2, batch=16),
+        labelled_batch=8,
+        edges=Edges(refreshes=3, gate_steps=2),
     ),
     seeds=(0,),
     methods=("labels", "kd-best", "both-graphs", "both-shuffled"),
@@ -51,11 +54,16 @@ def _denormals():
 def video_folder(tmp_path):
     """``make(count, classes)``: a folder of class sub-folders with that many short videos each."""
 
-    def make(count: int = 3, classes: tuple[str, ...] = ("a", "b"), where: Path = tmp_path / "videos") -> Path:
+    def make(
+        count: int = 3, classes: tuple[str, ...] = ("a", "b"), where: Path = tmp_path / "videos"
+    ) -> Path:
         for label, name in enumerate(classes):
             (where / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                encode(render(label, i + 100 * label, size=32, frames=12), where / name / f"{name}{i}.mp4")
+                encode(
+                    render(label, i + 100 * label, size=32, frames=12),
+                    where / name / f"{name}{i}.mp4",
+                )
         return where
 
     return make
@@ -63,8 +71,21 @@ def video_folder(tmp_path):
 
 def memory_set(pixels: np.ndarray, labels: list[int], splits: list[str]) -> VideoSet:
     """A VideoSet without files: uint8 pixels [n, f, h, w, 3]."""
-    names, groups = tuple(f"c{i}" for i in range(max(labels) + 1)), tuple(str(i) for i in range(len(labels)))
-    return VideoSet("memory", "0", pixels, names, torch.tensor(labels), tuple(splits), groups, torch.zeros(len(labels), 5), ())
+    names, groups = (
+        tuple(f"c{i}" for i in range(max(labels) + 1)),
+        tuple(str(i) for i in range(len(labels))),
+    )
+    return VideoSet(
+        "memory",
+        "0",
+        pixels,
+        names,
+        torch.tensor(labels),
+        tuple(splits),
+        groups,
+        torch.zeros(len(labels), 5),
+        (),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,18 @@ from pathlib import Path
 import av
 import numpy as np
 
-from gdviz.artefacts import UserError
-from gdviz.data import caches
-from gdviz.data.reader import DamagedVideo, frames_of, verify
+from gdviz.core.files import UserError
+from gdviz.data import cache as caches
+from gdviz.data.reading import DamagedVideo, frames_of, verify
 
 
 def full_decode(path: Path) -> list[np.ndarray]:
     """Every frame, upright, by the plainest use of FFmpeg that there is."""
     with av.open(str(path), metadata_errors="replace") as container:
-        return [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in container.decode(video=0)]
+        return [
+            np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90)
+            for f in container.decode(video=0)
+        ]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -28,7 +31,11 @@ def draws(frames: int) -> list[np.ndarray]:
     """A clip at a random start, a few frames anywhere, the last two."""
     rng = np.random.default_rng(frames)
     start = int(rng.integers(max(frames - 16, 1)))
-    return [np.arange(start, min(start + 16, frames)), np.sort(rng.integers(frames, size=6)), np.array([frames - 2, frames - 1])]
+    return [
+        np.arange(start, min(start + 16, frames)),
+        np.sort(rng.integers(frames, size=6)),
+        np.array([frames - 2, frames - 1]),
+    ]
 
 
 def judge(path: str) -> str:
@@ -41,7 +48,10 @@ def judge(path: str) -> str:
     assert len(true) == info.frames
     for index in draws(info.frames):
         try:
-            assert all(psnr(seen, true[i]) > 45 for i, seen in zip(index, frames_of(path, index, info), strict=True)), path
+            assert all(
+                psnr(seen, true[i]) > 45
+                for i, seen in zip(index, frames_of(path, index, info), strict=True)
+            ), path
         except DamagedVideo:
             return "refused later"
     return "equal"

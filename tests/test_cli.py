@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from gdviz import cli, report
-from gdviz import run as runs
+from gdviz import cli
 from gdviz.config import PROFILES
+from gdviz.experiment import steps as runs
+from gdviz.show import report
 
 
 @pytest.fixture
@@ -52,7 +53,10 @@ WRONG = {
     "no such cuda": (("--device", "cuda:99"), "--device cuda:99"),
     "workers": (("--workers", "-1"), "--workers -1"),
     "task": (("--teachers.tasks", "order", "jigsaw"), "--teachers.tasks: unknown 'jigsaw'"),
-    "strides": (("--teachers.tasks", "order", "--teachers.strides", "1", "2"), "--teachers.strides: 2 strides for 1 tasks"),
+    "strides": (
+        ("--teachers.tasks", "order", "--teachers.strides", "1", "2"),
+        "--teachers.strides: 2 strides for 1 tasks",
+    ),
     "backbone": (("--teachers.backbone", "vit"), "--teachers.backbone vit"),
     "method": (("--methods", "magic"), "--methods: unknown 'magic'"),
     "data": (("--data", "nowhere"), "--data nowhere: no such folder"),
@@ -80,7 +84,16 @@ def test_usage(gdviz):
     assert gdviz("walk")[0] == 2
     code, text = gdviz("run", "--help")
     assert code == 0
-    for flag in ("--data", "--out", "--cache", "--workers", "--device", "--teachers.tasks", "--distillation.schedule.epochs", "--seeds"):
+    for flag in (
+        "--data",
+        "--out",
+        "--cache",
+        "--workers",
+        "--device",
+        "--teachers.tasks",
+        "--distillation.schedule.epochs",
+        "--seeds",
+    ):
         assert flag in text
 
 
@@ -89,8 +102,14 @@ FOLDERS = {
     "no videos": ({"a/x.txt": 1, "b/y.png": 1}, "no videos"),
     "one class": ({"a/1.mp4": 1, "a/2.mp4": 1, "a/3.mp4": 1}, "1 class found (a)"),
     "no class": ({"1.mp4": 1, "2.mp4": 1}, "0 class found"),
-    "one clip": ({"a/1.mp4": 1, "a/2.mp4": 1, "a/3.mp4": 1, "b/4.mp4": 1}, "class 'b' has 1 usable clip"),
-    "one group": ({f"{c}/v_X_g01_c0{i}.mp4": 1 for c in "ab" for i in range(4)}, "no split by group"),
+    "one clip": (
+        {"a/1.mp4": 1, "a/2.mp4": 1, "a/3.mp4": 1, "b/4.mp4": 1},
+        "class 'b' has 1 usable clip",
+    ),
+    "one group": (
+        {f"{c}/v_X_g01_c0{i}.mp4": 1 for c in "ab" for i in range(4)},
+        "no split by group",
+    ),
 }
 
 
@@ -113,7 +132,13 @@ def test_damaged_and_missing_videos_are_skipped_and_listed(gdviz, tmp_path, vide
     flags = ("--data", "list.csv", "--workers", "1", "--methods", "labels", "--cache", "cache")
     code, text = gdviz("run", *flags, "--out", "run")
     assert code == 0, text
-    for line in ("2 skipped", "skipped videos/a/a3.mp4: ", "skipped videos/gone.mp4: ", "baseline: metadata", "baseline: mean-frame"):
+    for line in (
+        "2 skipped",
+        "skipped videos/a/a3.mp4: ",
+        "skipped videos/gone.mp4: ",
+        "baseline: metadata",
+        "baseline: mean-frame",
+    ):
         assert line in text
     listed = (tmp_path / "run" / "skipped.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in listed] == ["path", "videos/a/a3.mp4", "videos/gone.mp4"]
@@ -154,12 +179,26 @@ def test_data_check_says_what_is_there_and_what_cannot_be_read(gdviz, tmp_path, 
         assert words in text
     assert "--split 4: choose 1, 2 or 3" in complaint(gdviz("data", "check", root, "--split", "4"))
     assert "nowhere: no such folder" in complaint(gdviz("data", "check", "nowhere"))
-    assert "--lists videos/a: holds the lists of none" in complaint(gdviz("data", "check", root, "--lists", "videos/a"))
+    assert "--lists videos/a: holds the lists of none" in complaint(
+        gdviz("data", "check", root, "--lists", "videos/a")
+    )
     assert "unknown" in complaint(gdviz("data", "get"))
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(gdviz, tmp_path, finished, monkeypatch):
-    words = ("run", "--methods", "labels", "--out", "run", "--cache", finished.cache, "--workers", "1")
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    gdviz, tmp_path, finished, monkeypatch
+):
+    words = (
+        "run",
+        "--methods",
+        "labels",
+        "--out",
+        "run",
+        "--cache",
+        finished.cache,
+        "--workers",
+        "1",
+    )
     for broken in (1, 3, 5):  # the run's configuration, its environment, a teacher
         calls = []
 
@@ -180,8 +219,12 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(gdviz, tmp_path, f
 def test_foreign_folders_are_refused(gdviz, tmp_path, finished):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    assert "--out mine: is not empty" in complaint(gdviz("run", "--out", "mine", "--cache", finished.cache))
-    line = complaint(gdviz("run", "--out", finished.folder, "--cache", finished.cache, "--teachers.folds", "3"))
+    assert "--out mine: is not empty" in complaint(
+        gdviz("run", "--out", "mine", "--cache", finished.cache)
+    )
+    line = complaint(
+        gdviz("run", "--out", finished.folder, "--cache", finished.cache, "--teachers.folds", "3")
+    )
     assert "another configuration (profile differ)" in line
     assert "holds no run" in complaint(gdviz("figures", "mine"))
     assert "holds no run" in complaint(gdviz("figures", "nowhere"))
@@ -203,8 +246,14 @@ def test_as_a_program(tmp_path):
     (tmp_path / "list.csv").write_text("file\nx.mp4\n")
     program = [sys.executable, "-m", "gdviz.cli", "run", "--data", "list.csv", "--device", "cpu"]
     done = subprocess.run(
-        program, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+        program,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("gdviz: --data list.csv: needs a header line with at least the column 'path'")
+    assert done.stderr.startswith(
+        "gdviz: --data list.csv: needs a header line with at least the column 'path'"
+    )

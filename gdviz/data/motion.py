@@ -4,7 +4,7 @@ A random textured shape lies on a random drifting background and does one of twe
 quantity that a motion changes is *cyclic* and starts uniformly distributed: position on a torus,
 orientation on a circle, size on a Shepard scale (two nested copies, half an octave apart, fade in
 and out). So the law of any single frame is the same for all classes: no frame tells the class,
-by construction; ``gdviz.evaluate.frame_baselines`` measures it.
+by construction; ``gdviz.experiment.metrics.frame_baselines`` measures it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from gdviz.artefacts import UserError, atomic, file_sha256, fingerprint, load_json, save_json
 from gdviz.config import MotionData
-from gdviz.parallel import over_processes
+from gdviz.core.files import UserError, atomic, file_sha256, fingerprint, load_json, save_json
+from gdviz.core.processes import over_processes
 
 CLASSES = (
     "left", "right", "up", "down", "clockwise", "anticlockwise", "grow", "shrink",  # at constant speed
@@ -49,19 +49,34 @@ class _Texture:
     base: np.ndarray  # (3,)
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, modes: int, top: int, contrast: float, tone: tuple[float, float]) -> _Texture:
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        modes: int,
+        top: int,
+        contrast: float,
+        tone: tuple[float, float],
+    ) -> _Texture:
         k = rng.integers(-top, top + 1, size=(modes, 2))
         colour = contrast * rng.normal(size=(modes, 3)) / math.sqrt(modes)
         return cls(k, rng.uniform(0, 2 * math.pi, modes), colour, rng.uniform(*tone, 3))
 
-    def paint(self, x: np.ndarray, y: np.ndarray, turn: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def paint(
+        self, x: np.ndarray, y: np.ndarray, turn: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
         """Colours [T, S, S, 3] at axis coordinates x, y [T, S], rotated by ``turn`` and divided by ``scale`` [T].
 
         A wave over a rotated grid is a product of a wave in x and a wave in y: no [T, S, S, modes] array.
         """
-        rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], -1).reshape(-1, 2, 2)
-        k = math.pi * np.einsum("mi,tij->tmj", self.k, rotation) / scale[:, None, None]  # (T, modes, 2)
-        along_x = np.exp(1j * (k[..., :1] * x[:, None] + self.phase[:, None])).astype(np.complex64)  # (T, modes, S)
+        rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], -1).reshape(
+            -1, 2, 2
+        )
+        k = (
+            math.pi * np.einsum("mi,tij->tmj", self.k, rotation) / scale[:, None, None]
+        )  # (T, modes, 2)
+        along_x = np.exp(1j * (k[..., :1] * x[:, None] + self.phase[:, None])).astype(
+            np.complex64
+        )  # (T, modes, S)
         along_y = np.exp(1j * k[..., 1:] * y[:, None]).astype(np.complex64)
         tinted = along_x[..., None] * self.colour[:, None].astype(np.float32)  # (T, modes, S, 3)
         frames, modes, size = along_x.shape
@@ -102,7 +117,9 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
     px, py = rng.uniform(-1, 1) + path["x"], rng.uniform(-1, 1) + path["y"]
     turn, phase = rng.uniform(0, 2 * math.pi) + path["turn"], rng.uniform() + path["size"]
 
-    lobes = rng.uniform(0.5, 1.5, 3) * (0.10, 0.30, 0.10) * np.exp(1j * rng.uniform(0, 2 * math.pi, 3))
+    lobes = (
+        rng.uniform(0.5, 1.5, 3) * (0.10, 0.30, 0.10) * np.exp(1j * rng.uniform(0, 2 * math.pi, 3))
+    )
     skin = _Texture.draw(rng, 5, 2, contrast=0.30, tone=(0.25, 0.85))
     # The nearest image of the object on the torus: what leaves on one side enters on the other.
     dx = (axis - (px + shake_x)[:, None] + 1) % 2 - 1  # (T, S)
@@ -132,7 +149,13 @@ def encode(frames: np.ndarray, path: Path, *, fps: int = FPS, **options: str) ->
         height, width = frames.shape[1:3]
         # Weighted prediction costs a third of the time and saves nothing here.
         x264 = "weightp=0" + ":no-asm=1" * (min(height, width) < 64)
-        defaults = {"crf": "20", "preset": "veryfast", "bf": "0", "threads": "1", "x264-params": x264}
+        defaults = {
+            "crf": "20",
+            "preset": "veryfast",
+            "bf": "0",
+            "threads": "1",
+            "x264-params": x264,
+        }
         stream = container.add_stream("libx264", rate=Fraction(fps), options=defaults | options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
@@ -152,12 +175,25 @@ def _write(row: dict[str, str], root: Path, size: int, frames: int) -> dict[str,
 def _plan(cfg: MotionData) -> list[dict[str, str]]:
     """One row a video. The unlabelled part keeps its motion in the index for audits, never as a label."""
     rows, seed = [], cfg.seed * 1_000_000
-    for split, per_class in (("train", cfg.labelled), ("unlabelled", cfg.unlabelled), ("test", cfg.test)):
+    for split, per_class in (
+        ("train", cfg.labelled),
+        ("unlabelled", cfg.unlabelled),
+        ("test", cfg.test),
+    ):
         for _i in range(per_class):
             for motion in CLASSES:
                 label = "" if split == "unlabelled" else motion
                 path = f"{split}/{seed:08d}.mp4" if not label else f"{split}/{label}/{seed:08d}.mp4"
-                rows.append({"path": path, "label": label, "group": str(seed), "split": split, "motion": motion, "seed": str(seed)})
+                rows.append(
+                    {
+                        "path": path,
+                        "label": label,
+                        "group": str(seed),
+                        "split": split,
+                        "motion": motion,
+                        "seed": str(seed),
+                    }
+                )
                 seed += 1
     return rows
 
@@ -182,17 +218,29 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: int | str = 1) ->
     if done.exists():
         missing = [row["path"] for row in read_index(root) if not (root / row["path"]).exists()]
         if missing:
-            raise UserError(f"{root}: {len(missing)} videos are gone, first {missing[0]}; delete the folder to make it again")
+            raise UserError(
+                f"{root}: {len(missing)} videos are gone, first {missing[0]}; delete the folder to make it again"
+            )
         if load_json(done)["index_sha256"] == file_sha256(root / "index.csv"):
             return root
     rows = _plan(cfg)
     work = partial(_write, root=root, size=cfg.size, frames=cfg.frames)
-    rows = over_processes(work, [(row,) for row in rows], workers, title="drawing videos", unit="video")
+    rows = over_processes(
+        work, [(row,) for row in rows], workers, title="drawing videos", unit="video"
+    )
     with atomic(root / "index.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    save_json(done, {"config": cfg, "version": VERSION, "videos": len(rows), "index_sha256": file_sha256(root / "index.csv")})
+    save_json(
+        done,
+        {
+            "config": cfg,
+            "version": VERSION,
+            "videos": len(rows),
+            "index_sha256": file_sha256(root / "index.csv"),
+        },
+    )
     return root
 
 

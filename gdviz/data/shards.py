@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from gdviz.artefacts import UserError, load_json, save_json
-from gdviz.data.caches import from_jpeg, to_jpeg
-from gdviz.data.sampling import starts_and_strides
+from gdviz.core.files import UserError, load_json, save_json
+from gdviz.data.cache import from_jpeg, to_jpeg
+from gdviz.data.clips import starts_and_strides
 from gdviz.data.videos import VideoSet
 
 
@@ -37,23 +37,49 @@ def write_shards(videos: VideoSet, out: Path, *, per_shard: int = 256) -> list[P
     try:
         out.mkdir(parents=True, exist_ok=True)
         for split in sorted(set(videos.splits)):
-            rows = videos.rows(split)[torch.randperm(len(videos.rows(split)), generator=Generator().manual_seed(0))]
-            with wds.ShardWriter(str(out / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
+            rows = videos.rows(split)[
+                torch.randperm(len(videos.rows(split)), generator=Generator().manual_seed(0))
+            ]
+            with wds.ShardWriter(
+                str(out / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0
+            ) as writer:
                 for row in rows.tolist():
                     label = int(videos.labels[row])
-                    about = {"label": videos.label_names[label] if label >= 0 else "", "group": videos.groups[row], "row": row}
-                    frames = {f"{k:03d}.jpg": to_jpeg(frame) for k, frame in enumerate(videos.batch(torch.tensor([row]))[0].numpy())}
-                    writer.write({"__key__": f"{row:08d}", "json": about | {"split": split}, **frames})
+                    about = {
+                        "label": videos.label_names[label] if label >= 0 else "",
+                        "group": videos.groups[row],
+                        "row": row,
+                    }
+                    frames = {
+                        f"{k:03d}.jpg": to_jpeg(frame)
+                        for k, frame in enumerate(videos.batch(torch.tensor([row]))[0].numpy())
+                    }
+                    writer.write(
+                        {"__key__": f"{row:08d}", "json": about | {"split": split}, **frames}
+                    )
             files += [out / f"{split}-{n:06d}.tar" for n in range(-(-len(rows) // per_shard))]
-        index = {"fingerprint": videos.fingerprint, "label_names": videos.label_names, "frames": len(frames)}
+        index = {
+            "fingerprint": videos.fingerprint,
+            "label_names": videos.label_names,
+            "frames": len(frames),
+        }
         save_json(out / "index.json", index | {"shards": [file.name for file in files]})
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; free some space or choose another folder") from error
+        raise UserError(
+            f"cannot write {out}: {error}; free some space or choose another folder"
+        ) from error
     return files
 
 
 def stream_clips(
-    index: Path | str, split: str, length: int, stride: int = 1, *, rng: Generator | None = None, shuffle: int = 0, root: str = ""
+    index: Path | str,
+    split: str,
+    length: int,
+    stride: int = 1,
+    *,
+    rng: Generator | None = None,
+    shuffle: int = 0,
+    root: str = "",
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """One clip of each video of a split, as it comes: uint8 [length, h, w, 3] and its ``json``; other frames are not decoded.
 
@@ -67,7 +93,11 @@ def stream_clips(
         root: where the shards are, if not beside the index: ``https://...``, or what else WebDataset opens (``pipe:...``).
     """
     wds, known = _webdataset(), load_json(index)
-    urls = [f"{root or Path(index).parent}/{name}" for name in known["shards"] if name.startswith(f"{split}-")]
+    urls = [
+        f"{root or Path(index).parent}/{name}"
+        for name in known["shards"]
+        if name.startswith(f"{split}-")
+    ]
     samples = wds.WebDataset(urls, shardshuffle=len(urls) if shuffle else False, empty_check=False)
     for sample in samples.shuffle(shuffle) if shuffle else samples:
         start, step = map(int, starts_and_strides(1, known["frames"], length, stride, rng))

@@ -13,12 +13,27 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from gdviz.artefacts import UserError
-from gdviz.data.reader import VERSION, DamagedVideo, VideoInfo, verify
-from gdviz.parallel import over_processes
+from gdviz.core.files import UserError
+from gdviz.core.processes import over_processes
+from gdviz.data.reading import VERSION, DamagedVideo, VideoInfo, verify
 
-COLUMNS = ("path", "size", "mtime_ns", "version", "reason", "frames", "width", "height", "fps", "turns", "by_decord", "keys")
-TABLE = f"CREATE TABLE IF NOT EXISTS videos ({', '.join(COLUMNS)}, PRIMARY KEY (path)) WITHOUT ROWID"
+COLUMNS = (
+    "path",
+    "size",
+    "mtime_ns",
+    "version",
+    "reason",
+    "frames",
+    "width",
+    "height",
+    "fps",
+    "turns",
+    "by_decord",
+    "keys",
+)
+TABLE = (
+    f"CREATE TABLE IF NOT EXISTS videos ({', '.join(COLUMNS)}, PRIMARY KEY (path)) WITHOUT ROWID"
+)
 INSERT = f"INSERT OR REPLACE INTO videos VALUES ({', '.join('?' * len(COLUMNS))})"
 SELECT = f"SELECT {', '.join(COLUMNS[4:])} FROM videos WHERE path = ? AND size = ? AND mtime_ns = ? AND version = {VERSION}"
 
@@ -56,10 +71,14 @@ def look_up(db: sqlite3.Connection, path: Path, size: int, mtime_ns: int) -> Vid
     if row is None or row[0]:
         return row and row[0]
     _, frames, width, height, fps, turns, by_decord, keys = row
-    return VideoInfo(frames, width, height, fps, size, turns, by_decord, tuple(map(tuple, json.loads(keys))))
+    return VideoInfo(
+        frames, width, height, fps, size, turns, by_decord, tuple(map(tuple, json.loads(keys)))
+    )
 
 
-def verified(paths: Sequence[Path], index: Path, *, workers: int | str = 1) -> list[VideoInfo | str]:
+def verified(
+    paths: Sequence[Path], index: Path, *, workers: int | str = 1
+) -> list[VideoInfo | str]:
     """What `verify` says of each file, or why it is refused; files that the index knows unchanged are not decoded again.
 
     Args:
@@ -76,7 +95,10 @@ def verified(paths: Sequence[Path], index: Path, *, workers: int | str = 1) -> l
         index.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(index, timeout=60)) as db:
             db.execute(TABLE)
-            found = [look_up(db, path, *s) if s[0] >= 0 else "is not there" for path, s in zip(paths, stats, strict=True)]
+            found = [
+                look_up(db, path, *s) if s[0] >= 0 else "is not there"
+                for path, s in zip(paths, stats, strict=True)
+            ]
             left = [i for i, known in enumerate(found) if known is None]
 
             def flush() -> None:
@@ -87,7 +109,15 @@ def verified(paths: Sequence[Path], index: Path, *, workers: int | str = 1) -> l
             def keep(number: int, verdict: VideoInfo | str) -> None:
                 i = left[number]
                 bad = isinstance(verdict, str)
-                rest = (verdict, *[None] * 7) if bad else ("", *(getattr(verdict, n) for n in COLUMNS[5:-1]), json.dumps(verdict.keys))
+                rest = (
+                    (verdict, *[None] * 7)
+                    if bad
+                    else (
+                        "",
+                        *(getattr(verdict, n) for n in COLUMNS[5:-1]),
+                        json.dumps(verdict.keys),
+                    )
+                )
                 fresh.append((_key(paths[i]), *stats[i], VERSION, *rest))
                 if len(fresh) >= 64:
                     flush()
@@ -96,11 +126,21 @@ def verified(paths: Sequence[Path], index: Path, *, workers: int | str = 1) -> l
                 if left:
                     timeout = patience([paths[i] for i in left])
                     jobs = [(str(paths[i]),) for i in left]
-                    results = over_processes(_verdict, jobs, workers, title="verifying videos", unit="video", timeout=timeout, each=keep)
+                    results = over_processes(
+                        _verdict,
+                        jobs,
+                        workers,
+                        title="verifying videos",
+                        unit="video",
+                        timeout=timeout,
+                        each=keep,
+                    )
                     for i, result in zip(left, results, strict=True):
                         found[i] = result if isinstance(result, VideoInfo | str) else result.reason
             finally:
                 flush()
     except sqlite3.DatabaseError as error:
-        raise UserError(f"cannot use {index}: {error}; delete it to have it made again, or free some space") from None
+        raise UserError(
+            f"cannot use {index}: {error}; delete it to have it made again, or free some space"
+        ) from None
     return found

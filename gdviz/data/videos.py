@@ -1,4 +1,4 @@
-"""Sets of videos: read once, kept in a cache (`gdviz.data.caches`) that is fingerprinted by files and view."""
+"""Sets of videos: read once, kept in a cache (`gdviz.data.cache`) that is fingerprinted by files and view."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from gdviz.artefacts import UserError, fingerprint
 from gdviz.config import MotionData, View
-from gdviz.data.caches import Cache, fill, open_cache
-from gdviz.data.index import Clip, check_classes, read_clips, split_by_group
-from gdviz.data.layouts import read_official
+from gdviz.core.files import UserError, fingerprint
+from gdviz.data.cache import Cache, fill, open_cache
+from gdviz.data.clips import starts_and_strides
+from gdviz.data.listing import Clip, check_classes, read_clips, split_by_group
 from gdviz.data.motion import make_motion
-from gdviz.data.sampling import starts_and_strides
+from gdviz.data.official import read_official
 from gdviz.data.verified import stat
 
 VERSION = 3  # raise when decoding, resizing or the caches change: caches made by the old code are then made again
@@ -49,20 +49,39 @@ class VideoSet:
 
     def _read(self, rows: Tensor, frames: Iterable[slice]) -> Tensor:
         places = rows.numpy() if self.places is None else self.places[rows.numpy()]
-        return torch.from_numpy(np.stack([self.pixels[row, part] for row, part in zip(places.tolist(), frames, strict=True)]))
+        return torch.from_numpy(
+            np.stack(
+                [self.pixels[row, part] for row, part in zip(places.tolist(), frames, strict=True)]
+            )
+        )
 
     def batch(self, rows: Tensor) -> Tensor:
         """uint8 tensor [b, f, h, w, 3]."""
         return self._read(rows, [slice(None)] * len(rows))
 
-    def clips(self, rows: Tensor, length: int, stride: int = 1, rng: Generator | None = None, place: float | Tensor = 0.5) -> Tensor:
+    def clips(
+        self,
+        rows: Tensor,
+        length: int,
+        stride: int = 1,
+        rng: Generator | None = None,
+        place: float | Tensor = 0.5,
+    ) -> Tensor:
         """``pick_frames(self.batch(rows), ...)`` that touches the frames of the clips only: uint8 [b, length, h, w, 3]."""
         # A slice is copied once, in one piece; numbers of frames would be copied frame by frame.
         drawn = starts_and_strides(len(rows), self.pixels.shape[1], length, stride, rng, place)
-        return self._read(rows, [slice(s, s + (length - 1) * d + 1, max(d, 1)) for s, d in zip(*(x.tolist() for x in drawn), strict=True)])
+        return self._read(
+            rows,
+            [
+                slice(s, s + (length - 1) * d + 1, max(d, 1))
+                for s, d in zip(*(x.tolist() for x in drawn), strict=True)
+            ],
+        )
 
 
-def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, workers: int | str = 1) -> VideoSet:
+def open_videos(
+    clips: list[Clip], view: View, cache: Path | str, *, name: str, workers: int | str = 1
+) -> VideoSet:
     """Decodes ``clips`` into a cache, or opens the cache that an earlier call left.
 
     Args:
@@ -95,10 +114,17 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
     label_names = tuple(sorted({c.label for c in kept if c.label}))
     return VideoSet(
         name=name,
-        fingerprint=fingerprint(stamp, sorted(skipped)) if skipped else stamp,  # rows shift with what is left out
+        fingerprint=fingerprint(stamp, sorted(skipped))
+        if skipped
+        else stamp,  # rows shift with what is left out
         pixels=pixels,
         label_names=label_names,
-        labels=torch.tensor([label_names.index(c.label) if c.label and c.split != "unlabelled" else -1 for c in kept]),
+        labels=torch.tensor(
+            [
+                label_names.index(c.label) if c.label and c.split != "unlabelled" else -1
+                for c in kept
+            ]
+        ),
         splits=tuple(c.split for c in kept),
         groups=tuple(c.group for c in kept),
         metadata=torch.from_numpy(metadata[keep]),
@@ -107,14 +133,18 @@ def open_videos(clips: list[Clip], view: View, cache: Path | str, *, name: str, 
     )
 
 
-def load_motion(cfg: MotionData, view: View, root: Path | str, *, workers: int | str = 1) -> VideoSet:
+def load_motion(
+    cfg: MotionData, view: View, root: Path | str, *, workers: int | str = 1
+) -> VideoSet:
     """The embedded data set: written as mp4 files under ``root`` if need be, then read back."""
     home = make_motion(root, cfg, workers=workers)
     clips = read_clips(home / "index.csv")
     return open_videos(clips, view, Path(root) / "cache", name="motion", workers=workers)
 
 
-def load_folder(source: Path | str, view: View, cache: Path | str, *, workers: int | str = 1, seed: int = 0) -> VideoSet:
+def load_folder(
+    source: Path | str, view: View, cache: Path | str, *, workers: int | str = 1, seed: int = 0
+) -> VideoSet:
     """A data set in its official layout (first split), a folder of class sub-folders, or a CSV of (path, label, group, split).
 
     Without given splits, it is split by group. With two workers or more, a file that kills or hangs its

@@ -1,8 +1,19 @@
 """The two graphs between teachers and student, and the tensor code they rest on."""
 
-from gdviz.graphs.costs import average_costs, check_cost, cost_from_means, cost_from_rows, zero_one_cost
-from gdviz.graphs.logits import JointMatching, LogitsGraph, one_class_at_a_time, ordered_matching_cost, pairwise_matching_cost
-from gdviz.graphs.policies import FOLLOW_STUDENT, POLICIES, entropic
+from gdviz.graphs.costs import (
+    average_costs,
+    check_cost,
+    cost_from_means,
+    cost_from_rows,
+    zero_one_cost,
+)
+from gdviz.graphs.logits import (
+    JointMatching,
+    LogitsGraph,
+    one_class_at_a_time,
+    ordered_matching_cost,
+    pairwise_matching_cost,
+)
 from gdviz.graphs.representation import RepresentationGraph
 from gdviz.graphs.sketch import TensorSketch
 from gdviz.graphs.transport import (
@@ -27,8 +38,6 @@ from gdviz.graphs.weights import (
 )
 
 __all__ = [
-    "FOLLOW_STUDENT",
-    "POLICIES",
     "Barycenter",
     "ConvergenceWarning",
     "Gate",
@@ -44,7 +53,6 @@ __all__ = [
     "cost_from_means",
     "cost_from_rows",
     "effective_number",
-    "entropic",
     "evidence",
     "fit_gate",
     "glue",

@@ -54,9 +54,13 @@ def absolute_eps(cost: Tensor, eps: float) -> tuple[float, float]:
         return eps, 0.0
     cost = cost.detach().to(double(cost.device))
     mean = (cost.sum() - cost.diagonal().sum()) / (classes * (classes - 1))
-    mean, largest, gap = torch.stack([mean, cost.abs().max(), (cost - cost.mT).abs().max()]).tolist()
+    mean, largest, gap = torch.stack(
+        [mean, cost.abs().max(), (cost - cost.mT).abs().max()]
+    ).tolist()
     if not (math.isfinite(largest) and mean > 0 and gap <= 1e-5 * largest):
-        raise ValueError("cost must be finite, symmetric and positive off the diagonal; see check_cost")
+        raise ValueError(
+            "cost must be finite, symmetric and positive off the diagonal; see check_cost"
+        )
     return eps * mean, largest / (eps * mean)
 
 
@@ -75,7 +79,9 @@ def precision(sharpness: float, tol: float, x: Tensor) -> tuple[torch.dtype, flo
 def columns(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The batch as columns ``[C, N]``; refuses what is not of unit mass, as NaN is not."""
     if not bool(((x >= 0).all(-1) & (x.sum(-1) > 0.5)).all()):
-        raise ValueError("marginals and weights must be finite, non-negative and of positive mass over their last axis")
+        raise ValueError(
+            "marginals and weights must be finite, non-negative and of positive mass over their last axis"
+        )
     return x.detach().to(dtype).reshape(-1, x.shape[-1]).mT.contiguous()
 
 
@@ -87,13 +93,19 @@ def log_product(log_kernel: Tensor, sharpness: float) -> Callable[[Tensor], Tens
 
     def by_pieces(x: Tensor) -> Tensor:
         pieces = x.flatten(1).split(max(1, CHUNK // log_kernel.numel()), dim=1)
-        return torch.cat([torch.logsumexp(log_kernel[:, :, None] + piece, dim=1) for piece in pieces], dim=1).reshape(x.shape)
+        return torch.cat(
+            [torch.logsumexp(log_kernel[:, :, None] + piece, dim=1) for piece in pieces], dim=1
+        ).reshape(x.shape)
 
     return by_pieces
 
 
 def iterate(
-    step: Callable[..., tuple], marginals: tuple[Tensor, ...], state: tuple[Tensor, ...], tol: float, max_iter: int
+    step: Callable[..., tuple],
+    marginals: tuple[Tensor, ...],
+    state: tuple[Tensor, ...],
+    tol: float,
+    max_iter: int,
 ) -> tuple[list[Tensor], Tensor, int]:
     """Run ``step(marginals, state, relax)`` on columns and drop those whose error is below tol.
 
@@ -114,7 +126,10 @@ def iterate(
             for full, part in zip(result, state, strict=True):
                 full[..., index] = part[..., stopped]
             active = active[going]
-            marginals, state = tuple(m[..., going] for m in marginals), tuple(s[..., going] for s in state)
+            marginals, state = (
+                tuple(m[..., going] for m in marginals),
+                tuple(s[..., going] for s in state),
+            )
         for _ in range(min(CHECK_EVERY - 1, max_iter - 1 - iteration) if active.numel() else 0):
             state, _ = step(marginals, state, RELAX[iteration > 2 * CHECK_EVERY])
             iteration += 1
@@ -145,13 +160,17 @@ def newton(a: Tensor, b: Tensor, log_kernel: Tensor, v: Tensor, tol: float, step
         if taken == steps or bool((error <= tol).all()):
             break
         # the plan over the square roots of its marginals; empty classes become empty rows and columns
-        scaled = (0.5 * log_a + u)[:, :, None] + log_kernel + (0.5 * log_b + v - 0.5 * ratio)[:, None, :]
+        scaled = (
+            (0.5 * log_a + u)[:, :, None] + log_kernel + (0.5 * log_b + v - 0.5 * ratio)[:, None, :]
+        )
         scaled = scaled.exp()  # (N, C, C)
         root = (b * ratio.exp()).sqrt()
         # the null vector of I - S'S is `root`: potentials are free up to a constant
         system = (1 + 1e-13) * eye - scaled.mT @ scaled + root[:, :, None] * root[:, None, :]
         target = b.sqrt() * (-0.5 * ratio).exp() * (1 - ratio.exp())
-        direction = torch.where(b > 0, torch.linalg.solve(system, target) / root.clamp(min=1e-30), 0.0)
+        direction = torch.where(
+            b > 0, torch.linalg.solve(system, target) / root.clamp(min=1e-30), 0.0
+        )
         # parts that exchange less than a rounding make Newton's step endless: cap it (units of eps)
         direction = direction * (10 / direction.abs().amax(-1, keepdim=True).clamp(min=10))
         value, size = (a * u).sum(-1) + (b * v).sum(-1), torch.ones_like(error)  # the semi-dual
@@ -167,7 +186,15 @@ def newton(a: Tensor, b: Tensor, log_kernel: Tensor, v: Tensor, tol: float, step
 
 
 @torch.no_grad()
-def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int, guess: Tensor | None = None) -> Solved:
+def solve(
+    a: Tensor,
+    b: Tensor,
+    cost: Tensor,
+    eps: float,
+    tol: float,
+    max_iter: int,
+    guess: Tensor | None = None,
+) -> Solved:
     """Solve for normalised marginals of one shape and dtype, from a ``guess`` of ``g`` if there is one."""
     eps_abs, sharpness = absolute_eps(cost, eps)
     given, shape = a.dtype, a.shape
@@ -182,7 +209,9 @@ def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: 
         if sharpness <= KERNEL_RANGE[dtype]:
             kernel = log_kernel.exp()
 
-            def answer(old, applied, relax):  # old^(1 - relax) applied^-relax by square roots, for RELAX
+            def answer(
+                old, applied, relax
+            ):  # old^(1 - relax) applied^-relax by square roots, for RELAX
                 if relax == 1:
                     return 1 / applied
                 root = torch.rsqrt(old * applied)
@@ -196,9 +225,15 @@ def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: 
                 error = None if relax > 1 else (q * (v * applied - 1).abs()).sum(dim=0)
                 return (u, answer(v, applied, relax)), error
 
-            start = torch.ones_like(q) if guess is None else (guess.to(dtype).reshape(-1, shape[-1]).mT / eps_abs).exp()
+            start = (
+                torch.ones_like(q)
+                if guess is None
+                else (guess.to(dtype).reshape(-1, shape[-1]).mT / eps_abs).exp()
+            )
             patience = min(max_iter, max(150, NEWTON_AFTER * shape[-1]))
-            (u, v), error, iterations = iterate(step, (p, q), (torch.ones_like(p), start), tol, patience)
+            (u, v), error, iterations = iterate(
+                step, (p, q), (torch.ones_like(p), start), tol, patience
+            )
             log_u, log_v = u.log(), v.log()
         else:
             log_u, log_v = torch.empty_like(p), torch.empty_like(p)
@@ -208,27 +243,48 @@ def solve(a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: 
             lost = (error > tol if lost is None else lost).nonzero().squeeze(1)
             if len(lost) and (iterations < max_iter or not error[lost].isfinite().all()):
                 with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-                    start = solve(p[:, lost].mT.to(given), q[:, lost].mT.to(given), cost, 3 * eps, 1e-3, max_iter).g
+                    start = solve(
+                        p[:, lost].mT.to(given),
+                        q[:, lost].mT.to(given),
+                        cost,
+                        3 * eps,
+                        1e-3,
+                        max_iter,
+                    ).g
                 log_v[:, lost], error[lost] = start.to(dtype).mT / eps_abs, math.inf
                 iterations = min(iterations, max_iter - 1)
             # Newton's method may stall in one potential and not in the other, where classes of one marginal are all but empty.
             for rows_of, columns_of, log_r, log_c in (p, q, log_u, log_v), (q, p, log_v, log_u):
                 slow, taken = (error > tol).nonzero().squeeze(1), 0
-                for part in slow.split(max(1, CHUNK // log_kernel.numel())) if iterations < max_iter and len(slow) else ():
+                for part in (
+                    slow.split(max(1, CHUNK // log_kernel.numel()))
+                    if iterations < max_iter and len(slow)
+                    else ()
+                ):
                     late = [x[:, part].to(double(a.device)) for x in (rows_of, columns_of, log_c)]
-                    *ends, count = newton(*late[:2], log_kernel.to(late[0]), late[2], tol, min(max_iter - iterations, NEWTON_STEPS))
+                    *ends, count = newton(
+                        *late[:2],
+                        log_kernel.to(late[0]),
+                        late[2],
+                        tol,
+                        min(max_iter - iterations, NEWTON_STEPS),
+                    )
                     log_r[:, part], log_c[:, part], error[part] = (x.to(dtype) for x in ends)
                     taken = max(taken, count)
                 iterations += taken
         # the plan's columns are exact, so its mass is 1 and this is the dual value, right to second order
         f_mean, g_mean = eps_abs * (log_u * p).sum(0), eps_abs * (log_v * q).sum(0)
-        shift = 0.5 * (g_mean - f_mean)  # potentials are free up to a constant: share the value evenly
+        shift = 0.5 * (
+            g_mean - f_mean
+        )  # potentials are free up to a constant: share the value evenly
         f, g = rows(eps_abs * log_u + shift), rows(eps_abs * log_v - shift)
     value, error = (x.reshape(shape[:-1]).to(given) for x in (f_mean + g_mean, error))
     return Solved(value, f, g, error, *outcome("sinkhorn", error, tol, max_iter, iterations))
 
 
-def outcome(what: str, error: Tensor, tol: float, max_iter: int, iterations: int) -> tuple[Tensor, Tensor]:
+def outcome(
+    what: str, error: Tensor, tol: float, max_iter: int, iterations: int
+) -> tuple[Tensor, Tensor]:
     """``iterations`` and whether every error is at most tol, as tensors; warns, once for the batch, if not."""
     converged = (error <= tol).all()
     if not bool(converged):
@@ -245,7 +301,13 @@ def outcome(what: str, error: Tensor, tol: float, max_iter: int, iterations: int
 
 @torch.library.custom_op("gdviz::sinkhorn", mutates_args=())
 def sinkhorn(
-    a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int, guess: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    cost: Tensor,
+    eps: float,
+    tol: float,
+    max_iter: int,
+    guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`solve`, differentiable in ``a`` and ``b``."""
     return tuple(solve(a, b, cost, eps, tol, max_iter, guess))
@@ -258,7 +320,9 @@ def _(a, b, cost, eps, tol, max_iter, guess=None):
 
 
 @torch.library.custom_op("gdviz::self_sinkhorn", mutates_args=())
-def self_sinkhorn(p: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int) -> tuple[Tensor, Tensor]:
+def self_sinkhorn(
+    p: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int
+) -> tuple[Tensor, Tensor]:
     """Value and potential of W_eps(p, p), differentiable in ``p``, by ``u <- sqrt(u / K (p u))`` (Feydy et al. 2019, eq. 25).
 
     The error halves at every step, whatever the marginal."""
@@ -275,11 +339,15 @@ def self_sinkhorn(p: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int
         product = log_product(symmetric(cost, dtype) / -eps_abs, sharpness)
         column = columns(p, dtype)
         zeros = torch.zeros_like(column)
-        (mean, answer), error, iterations = iterate(step, (column, column.log()), (zeros, zeros), tol, max_iter)
+        (mean, answer), error, iterations = iterate(
+            step, (column, column.log()), (zeros, zeros), tol, max_iter
+        )
     # value = <old + answer, p>, the dual at two potentials that answer each other; mean = (old + answer) / 2
     value, potential = 2 * eps_abs * (column * mean).sum(0), eps_abs * answer
     outcome("sinkhorn (self term)", error, tol, max_iter, iterations)
-    return value.reshape(p.shape[:-1]).to(p.dtype), potential.mT.reshape(p.shape).to(p.dtype).contiguous()
+    return value.reshape(p.shape[:-1]).to(p.dtype), potential.mT.reshape(p.shape).to(
+        p.dtype
+    ).contiguous()
 
 
 @self_sinkhorn.register_fake
@@ -304,8 +372,13 @@ def _self_gradient(ctx, grad, *_):
     return 2 * grad[..., None] * ctx.saved_tensors[0], *[None] * 4
 
 
-sinkhorn.register_autograd(_sinkhorn_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:3]))
-self_sinkhorn.register_autograd(_self_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
+sinkhorn.register_autograd(
+    _sinkhorn_gradient,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:3]),
+)
+self_sinkhorn.register_autograd(
+    _self_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1])
+)
 
 
 @torch.library.custom_op("gdviz::barycenter", mutates_args=())
@@ -338,9 +411,15 @@ def barycenter(
         w = columns(weights, dtype)  # (K, B)
         column = columns(p, dtype).reshape(classes, -1, teachers).mT.contiguous()  # (C, K, B)
         zeros = torch.zeros_like(column)
-        (_, _, b), error, iterations = iterate(step, (column, column.log(), w), (zeros, zeros[:, 0], zeros[:, 0]), tol, max_iter)
+        (_, _, b), error, iterations = iterate(
+            step, (column, column.log(), w), (zeros, zeros[:, 0], zeros[:, 0]), tol, max_iter
+        )
     b = (b / b.sum(dim=0)).mT.reshape(*batch, classes).to(p.dtype).contiguous()
-    return b, error.reshape(batch).to(p.dtype), *outcome("barycenter", error, tol, max_iter, iterations)
+    return (
+        b,
+        error.reshape(batch).to(p.dtype),
+        *outcome("barycenter", error, tol, max_iter, iterations),
+    )
 
 
 @barycenter.register_fake

@@ -28,9 +28,13 @@ def check_cost(cost: Float[Tensor, "classes classes"]) -> Float[Tensor, "classes
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"a ground cost is a square [C, C] matrix, got {tuple(cost.shape)}")
     if not bool(cost.isfinite().all()):
-        raise ValueError("the ground cost has NaN or infinite entries: look for classes without clips")
+        raise ValueError(
+            "the ground cost has NaN or infinite entries: look for classes without clips"
+        )
     if bool((cost < 0).any()):
-        raise ValueError("the ground cost has negative entries: subtract similarities from their maximum")
+        raise ValueError(
+            "the ground cost has negative entries: subtract similarities from their maximum"
+        )
     scale = cost.abs().max().clamp(min=1e-30)
     if bool((cost.diagonal().abs() > 1e-6 * scale).any()):
         raise ValueError("the ground cost is not zero on its diagonal: use cost.fill_diagonal_(0)")
@@ -39,7 +43,9 @@ def check_cost(cost: Float[Tensor, "classes classes"]) -> Float[Tensor, "classes
     return cost
 
 
-def normalise_cost(cost: Float[Tensor, "classes classes"], *, shrink: float = 0.0) -> Float[Tensor, "classes classes"]:
+def normalise_cost(
+    cost: Float[Tensor, "classes classes"], *, shrink: float = 0.0
+) -> Float[Tensor, "classes classes"]:
     """``(1 - shrink) D / mean_{i != j} D_ij + shrink D_01``, symmetrised, zero diagonal.
 
     Raises:
@@ -52,7 +58,9 @@ def normalise_cost(cost: Float[Tensor, "classes classes"], *, shrink: float = 0.
     cost = cost - torch.diag(cost.diagonal())
     mean = cost.sum() / max(classes * (classes - 1), 1)
     if classes > 1 and not bool(mean > 0):
-        raise ValueError("all classes are at distance zero: the rows or means do not tell them apart")
+        raise ValueError(
+            "all classes are at distance zero: the rows or means do not tell them apart"
+        )
     zero_one = zero_one_cost(classes, dtype=cost.dtype, device=cost.device)
     return (1 - shrink) * cost / mean.clamp(min=1e-30) + shrink * zero_one
 
@@ -97,7 +105,9 @@ def cost_from_rows(
         ValueError: on an unknown metric, a shrink outside [0, 1] or identical rows.
     """
     weight = weight.detach().double()
-    return normalise_cost(_distances(weight - weight.mean(0), metric), shrink=shrink).to(torch.float32)
+    return normalise_cost(_distances(weight - weight.mean(0), metric), shrink=shrink).to(
+        torch.float32
+    )
 
 
 @torch.no_grad()
@@ -137,7 +147,9 @@ def cost_from_means(
     return normalise_cost(cost, shrink=shrink).to(torch.float32)
 
 
-def average_costs(costs: Sequence[Float[Tensor, "classes classes"]]) -> Float[Tensor, "classes classes"]:
+def average_costs(
+    costs: Sequence[Float[Tensor, "classes classes"]],
+) -> Float[Tensor, "classes classes"]:
     """Mean of the teachers' costs, each normalised first.
 
     Raises:

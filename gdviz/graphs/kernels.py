@@ -19,7 +19,9 @@ from torch import Tensor
 MULTIPLES = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 
-def gram(x: Float[Tensor, "*batch clips dim"], y: Float[Tensor, "*batch others dim"] | None = None) -> Float[Tensor, "*batch clips others"]:
+def gram(
+    x: Float[Tensor, "*batch clips dim"], y: Float[Tensor, "*batch others dim"] | None = None
+) -> Float[Tensor, "*batch clips others"]:
     """``G_nm = <x_n, y_m>``; ``y`` defaults to ``x``."""
     return x @ (x if y is None else y).mT
 
@@ -31,7 +33,9 @@ def center(k: Float[Tensor, "*batch clips others"]) -> Float[Tensor, "*batch cli
 
 
 def squared_distances(
-    kxx: Float[Tensor, "*batch clips"], kyy: Float[Tensor, "*batch others"], kxy: Float[Tensor, "*batch clips others"]
+    kxx: Float[Tensor, "*batch clips"],
+    kyy: Float[Tensor, "*batch others"],
+    kxy: Float[Tensor, "*batch clips others"],
 ) -> Float[Tensor, "*batch clips others"]:
     """``|x_n - y_m|^2 = <x_n, x_n> + <y_m, y_m> - 2 <x_n, y_m>``, never negative.
 
@@ -54,7 +58,9 @@ def off_diagonal(clips: int, device: torch.device | None = None) -> Bool[Tensor,
 
 
 @torch.no_grad()
-def median_bandwidth(d2: Float[Tensor, "*batch clips clips"], default: float = 1.0) -> Float[Tensor, "*batch"]:
+def median_bandwidth(
+    d2: Float[Tensor, "*batch clips clips"], default: float = 1.0
+) -> Float[Tensor, "*batch"]:
     """Median squared distance between different clips, a constant; ``default`` where it is 0 or N = 1."""
     clips = d2.shape[-1]
     if clips < 2:
@@ -64,7 +70,9 @@ def median_bandwidth(d2: Float[Tensor, "*batch clips clips"], default: float = 1
     return torch.where(median > 0, median, default)
 
 
-def gaussian_kernel(d2: Float[Tensor, "*batch clips others"], bandwidth: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch clips others"]:
+def gaussian_kernel(
+    d2: Float[Tensor, "*batch clips others"], bandwidth: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch clips others"]:
     """``mean_m exp(-d^2 / (m s))`` over ``MULTIPLES`` m of the bandwidth s; in [0, 1].
 
     Several widths because a single one far below the distances has no gradient. The multiples are
@@ -135,7 +143,9 @@ def mmd(*grams: Float[Tensor, "*batch clips clips"], **options: Any) -> Float[Te
 
 
 def fourier_features(
-    x: Float[Tensor, "*batch clips dim"], directions: Float[Tensor, "dim width_count"], bandwidth: Float[Tensor, "*batch"]
+    x: Float[Tensor, "*batch clips dim"],
+    directions: Float[Tensor, "dim width_count"],
+    bandwidth: Float[Tensor, "*batch"],
 ) -> Float[Tensor, "*batch clips features"]:
     """``phi`` with ``E <phi(x), phi(y)> = gaussian_kernel(|x - y|^2, bandwidth)`` (Rahimi & Recht 2007, algorithm 1).
 
@@ -182,7 +192,9 @@ def label_vectors(labels: Tensor, mu: float, like: Tensor) -> Float[Tensor, "cli
     return torch.cat([like.new_ones(len(labels), 1), mu**0.5 * soft.detach().to(like)], dim=1)
 
 
-def label_pair_weights(labels: Tensor | None, mu: float, clips: int, like: Tensor) -> Float[Tensor, "clips clips"] | None:
+def label_pair_weights(
+    labels: Tensor | None, mu: float, clips: int, like: Tensor
+) -> Float[Tensor, "clips clips"] | None:
     """``1 + mu [y = y']`` from labels ``[N]`` (-1 unknown), ``1 + mu <b, b'>`` from soft ones ``[N, C]``.
 
     Rows of zeros among soft labels are unknown, too. None without labels.
@@ -197,7 +209,9 @@ def label_pair_weights(labels: Tensor | None, mu: float, clips: int, like: Tenso
     return 1 + mu * same.to(like)
 
 
-def unbiased_hsic(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]) -> Float[Tensor, "*batch"]:
+def unbiased_hsic(
+    k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]
+) -> Float[Tensor, "*batch"]:
     """Unbiased Hilbert-Schmidt independence criterion (Song et al. 2012, eq. 5), times ``N (N - 3)``.
 
     ``tr(K L) + 1'K1 1'L1 / ((N-1)(N-2)) - 2 / (N-2) 1'K L 1`` with zero diagonals in K and L.
@@ -216,7 +230,9 @@ def unbiased_hsic(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*
     return trace + product - 2 / (clips - 2) * (rows * other_rows).sum(-1)
 
 
-def unbiased_cka(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]) -> Float[Tensor, "*batch"]:
+def unbiased_cka(
+    k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*right clips clips"]
+) -> Float[Tensor, "*batch"]:
     """``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))`` with unbiased HSIC (Nguyen et al. 2021, eq. 3).
 
     About 0 on independent features, 1 on equal ones. 0 where either matrix does not vary.
@@ -224,11 +240,16 @@ def unbiased_cka(k: Float[Tensor, "*left clips clips"], other: Float[Tensor, "*r
 
     def scaled(x: Tensor) -> Tensor:
         # neither scale nor a constant added to all of K changes the answer, but both cost digits
-        return center(x / x.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny))
+        return center(
+            x
+            / x.detach().abs().mean(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        )
 
     k, other = scaled(k), scaled(other)
     own, others = unbiased_hsic(k, k), unbiased_hsic(other, other)
-    noise = (100 * torch.finfo(k.dtype).eps * k.shape[-1]) ** 2  # HSIC of a constant matrix, by rounding
+    noise = (
+        100 * torch.finfo(k.dtype).eps * k.shape[-1]
+    ) ** 2  # HSIC of a constant matrix, by rounding
     varies = (own > noise) & (others > noise)
     norm = own.clamp(min=noise).sqrt() * others.clamp(min=noise).sqrt()
     return torch.where(varies, unbiased_hsic(k, other) / norm, 0.0)

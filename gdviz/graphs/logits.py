@@ -16,7 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gdviz.graphs.costs import check_cost
-from gdviz.graphs.transport import Barycenter, barycenter, glue, self_cost, sinkhorn, sinkhorn_divergence
+from gdviz.graphs.transport import (
+    Barycenter,
+    barycenter,
+    glue,
+    self_cost,
+    sinkhorn,
+    sinkhorn_divergence,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -112,7 +119,9 @@ class LogitsGraph(nn.Module):
     def mean_weights(self) -> Float[Tensor, " teachers"]:
         """Mean weight of each teacher over the clips trained on so far (uniform before any)."""
         uniform = torch.full_like(self.weight_sum, 1 / len(self.teachers))
-        return torch.where(self.clips_seen > 0, self.weight_sum / self.clips_seen.clamp(min=1), uniform)
+        return torch.where(
+            self.clips_seen > 0, self.weight_sum / self.clips_seen.clamp(min=1), uniform
+        )
 
     def _check(self, teacher_probs: Tensor, weights: Tensor) -> None:
         batch, (teachers, classes) = len(teacher_probs), (len(self.teachers), len(self.cost))
@@ -124,7 +133,9 @@ class LogitsGraph(nn.Module):
 
     @torch.no_grad()
     def consensus(
-        self, teacher_probs: Float[Tensor, "batch teachers classes"], weights: Float[Tensor, "batch teachers"]
+        self,
+        teacher_probs: Float[Tensor, "batch teachers classes"],
+        weights: Float[Tensor, "batch teachers"],
     ) -> Float[Tensor, "batch classes"]:
         """The consensus ``b [B, C]`` alone; constant for frozen teachers, so compute it once."""
         self._check(teacher_probs, weights)
@@ -132,13 +143,23 @@ class LogitsGraph(nn.Module):
 
     @torch.no_grad()
     def self_terms(
-        self, teacher_probs: Float[Tensor, "batch teachers classes"], consensus: Float[Tensor, "batch classes"]
+        self,
+        teacher_probs: Float[Tensor, "batch teachers classes"],
+        consensus: Float[Tensor, "batch classes"],
     ) -> Float[Tensor, "batch targets"]:
         """``W(p_k, p_k)`` and, last, ``W(b, b)``: ``[B, K + 1]``, for ``loss(self_terms=...)``."""
-        return self_cost(torch.cat([teacher_probs, consensus[:, None].to(teacher_probs)], dim=1), self.cost, **self.solver)
+        return self_cost(
+            torch.cat([teacher_probs, consensus[:, None].to(teacher_probs)], dim=1),
+            self.cost,
+            **self.solver,
+        )
 
     @torch.no_grad()
-    def match(self, teacher_probs: Float[Tensor, "batch teachers classes"], weights: Float[Tensor, "batch teachers"]) -> JointMatching:
+    def match(
+        self,
+        teacher_probs: Float[Tensor, "batch teachers classes"],
+        weights: Float[Tensor, "batch teachers"],
+    ) -> JointMatching:
         """Solve the joint matching: ``argmin_b sum_k w_k S(b, p_k)``, its costs and its coupling.
 
         Args:
@@ -153,7 +174,9 @@ class LogitsGraph(nn.Module):
         """
         self._check(teacher_probs, weights)
         star = barycenter(teacher_probs, weights, self.cost, **self.star_solver)
-        costs = sinkhorn_divergence(teacher_probs, star.distribution[:, None], self.cost, **self.solver)
+        costs = sinkhorn_divergence(
+            teacher_probs, star.distribution[:, None], self.cost, **self.solver
+        )
         return JointMatching(star.distribution, costs, star)
 
     def loss(
@@ -180,7 +203,9 @@ class LogitsGraph(nn.Module):
         """
         self._check(teacher_probs, weights)
         with torch.autocast(student_logits.device.type, enabled=False):
-            logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+            logits = (
+                student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+            )
             teacher_probs, weights = teacher_probs.detach().to(logits), weights.detach().to(logits)
             if consensus is None:
                 consensus = self.consensus(teacher_probs, weights)
@@ -204,7 +229,9 @@ class LogitsGraph(nn.Module):
         """``s_n = 1 - H(b_n) / log C`` over its batch mean; ones if no clip is surer than chance."""
         if not self.sample_importance or consensus.shape[-1] < 2:
             return torch.ones_like(consensus[:, 0])
-        sure = (1 - torch.special.entr(consensus).sum(-1) / math.log(consensus.shape[-1])).clamp(min=0)
+        sure = (1 - torch.special.entr(consensus).sum(-1) / math.log(consensus.shape[-1])).clamp(
+            min=0
+        )
         mean = sure.mean()
         return torch.where(mean > 1e-6, sure / mean.clamp(min=1e-6), torch.ones_like(sure))
 
@@ -233,7 +260,9 @@ class LogitsGraph(nn.Module):
         graph.add_node("consensus", kind="consensus")
         graph.add_nodes_from(self.teachers, kind="teacher")
 
-        def connect(kind: str, rows: str, columns: str, weight: Tensor | float, cost: Tensor, plan: Tensor) -> None:
+        def connect(
+            kind: str, rows: str, columns: str, weight: Tensor | float, cost: Tensor, plan: Tensor
+        ) -> None:
             graph.add_edge(
                 rows, columns, kind=kind, rows=rows, columns=columns,
                 weight=float(weight), cost=float(cost.mean()), plan=plan.mean(0).cpu().numpy(),
@@ -245,7 +274,14 @@ class LogitsGraph(nn.Module):
         for i, j in combinations(range(len(self.teachers)), 2):
             plan = glue(plans[:, i], plans[:, j], joint.consensus)
             weight = (weights[:, i] * weights[:, j]).mean()
-            connect("glued", self.teachers[i], self.teachers[j], weight, (plan * ground).sum((-2, -1)), plan)
+            connect(
+                "glued",
+                self.teachers[i],
+                self.teachers[j],
+                weight,
+                (plan * ground).sum((-2, -1)),
+                plan,
+            )
         if student_probs is not None:
             graph.add_node("student", kind="student")
             targets = torch.cat([teacher_probs, joint.consensus[:, None]], dim=1)
@@ -261,7 +297,11 @@ def one_class_at_a_time(
     student_logits: Float[Tensor, "batch classes"],
     teacher_probs: Float[Tensor, "batch teachers classes"],
     weights: Float[Tensor, "batch teachers"],
-) -> tuple[Float[Tensor, "problems 2"], Float[Tensor, "problems teachers 2"], Float[Tensor, "problems teachers"]]:
+) -> tuple[
+    Float[Tensor, "problems 2"],
+    Float[Tensor, "problems teachers 2"],
+    Float[Tensor, "problems teachers"],
+]:
     """Multi-label data, such as CCV's, as the two-class problems "is it there or not", ``[B C, ...]`` (ours).
 
     What a clip shows is then a set, a vertex is a product of Bernoulli distributions ``p_c``, and under the
@@ -288,7 +328,11 @@ def one_class_at_a_time(
     """
     z, p = student_logits.flatten(), teacher_probs.mT.flatten(0, 1)
     classes = student_logits.shape[-1]
-    return torch.stack([torch.zeros_like(z), z], dim=-1), torch.stack([1 - p, p], dim=-1), weights.repeat_interleave(classes, dim=0)
+    return (
+        torch.stack([torch.zeros_like(z), z], dim=-1),
+        torch.stack([1 - p, p], dim=-1),
+        weights.repeat_interleave(classes, dim=0),
+    )
 
 
 def pairwise_matching_cost(
@@ -331,7 +375,9 @@ def pairwise_matching_cost(
     return (e * value).sum(dim=-1)
 
 
-def ordered_matching_cost(probs: Float[Tensor, "*batch teachers classes"]) -> Float[Tensor, "*batch"]:
+def ordered_matching_cost(
+    probs: Float[Tensor, "*batch teachers classes"],
+) -> Float[Tensor, "*batch"]:
     """``sum_c (max_k F_k(c) - min_k F_k(c))`` with F the cumulative distributions: no solver needed.
 
     For classes in order and the joint cost ``max_k y_k - min_k y_k`` (in steps of one class), this is

@@ -88,12 +88,20 @@ class RepresentationGraph(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not teachers or len(set(teachers)) != len(teachers) or len(teachers) != len(teacher_dims):
-            raise ValueError(f"need distinct teachers and one size each, got {teachers} and {teacher_dims}")
+        if (
+            not teachers
+            or len(set(teachers)) != len(teachers)
+            or len(teachers) != len(teacher_dims)
+        ):
+            raise ValueError(
+                f"need distinct teachers and one size each, got {teachers} and {teacher_dims}"
+            )
         if route not in ("kernel", "sketch") or distance not in (*kernels.DISTANCES, "fourier"):
             raise ValueError(f"unknown route {route!r} or distance {distance!r}")
         if directions <= 0 or directions % len(kernels.MULTIPLES):
-            raise ValueError(f"directions must be a positive multiple of {len(kernels.MULTIPLES)}, got {directions}")
+            raise ValueError(
+                f"directions must be a positive multiple of {len(kernels.MULTIPLES)}, got {directions}"
+            )
         self.teachers, self.route, self.distance = tuple(teachers), route, distance
         self.mu = mu if class_conditional else 0.0
         self.paired = paired
@@ -106,7 +114,9 @@ class RepresentationGraph(nn.Module):
         self.sketch = TensorSketch(max(teacher_dims) + 1, sketch_dim, seed=seed)
         if distance == "fourier":
             generator = torch.Generator().manual_seed(seed)
-            self.register_buffer("directions", torch.randn(sketch_dim, directions, generator=generator))
+            self.register_buffer(
+                "directions", torch.randn(sketch_dim, directions, generator=generator)
+            )
 
     @torch.no_grad()
     def fit_scalers(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> None:
@@ -122,15 +132,23 @@ class RepresentationGraph(nn.Module):
             deviation = x.double().std(dim=0, unbiased=False)
             mean.copy_(x.double().mean(dim=0))
             # a coordinate that never moves carries nothing: leave it at its zero instead of 0 / 0
-            std.copy_(torch.where(deviation > 1e-6 * deviation.max().clamp(min=1e-12), deviation, torch.inf))
+            std.copy_(
+                torch.where(
+                    deviation > 1e-6 * deviation.max().clamp(min=1e-12), deviation, torch.inf
+                )
+            )
 
     def _checked(self, teacher_features: Sequence[Tensor]) -> Sequence[Tensor]:
         sizes = [a.out_features for a in self.adapters]
         if [x.shape[-1] for x in teacher_features] != sizes:
-            raise ValueError(f"teacher features have sizes {[x.shape[-1] for x in teacher_features]}, not {sizes}")
+            raise ValueError(
+                f"teacher features have sizes {[x.shape[-1] for x in teacher_features]}, not {sizes}"
+            )
         return teacher_features
 
-    def teacher_vectors(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> list[Float[Tensor, "clips _"]]:
+    def teacher_vectors(
+        self, teacher_features: Sequence[Float[Tensor, "clips _"]]
+    ) -> list[Float[Tensor, "clips _"]]:
         """Standardised unit vectors ``x_k [N, d_k]`` of the K teachers, constants."""
         vectors = []
         for k, x in enumerate(self._checked(teacher_features)):
@@ -138,7 +156,9 @@ class RepresentationGraph(nn.Module):
             vectors.append(_with_one(_unit((x.detach().to(mean.dtype) - mean) / std)))
         return vectors
 
-    def student_vectors(self, student_features: Float[Tensor, "clips student_dim"]) -> list[Float[Tensor, "clips _"]]:
+    def student_vectors(
+        self, student_features: Float[Tensor, "clips student_dim"]
+    ) -> list[Float[Tensor, "clips _"]]:
         """Adapted unit vectors ``s_k [N, d_k]``, centred on the batch (a single clip is not)."""
         h = student_features.to(self.adapters[0].weight.dtype)
         h = h - h.mean(dim=0) if len(h) > 1 else h
@@ -153,18 +173,24 @@ class RepresentationGraph(nn.Module):
         i, j = zip(*self.pairs, strict=True)
         return grams[list(i)] * grams[list(j)]
 
-    def pair_grams(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> Float[Tensor, "pairs clips clips"]:
+    def pair_grams(
+        self, teacher_features: Sequence[Float[Tensor, "clips _"]]
+    ) -> Float[Tensor, "pairs clips clips"]:
         """Gram matrices ``[E, N, N]`` of the teachers' pair vertices, for ``weights.pair_weights``."""
         x = self.teacher_vectors(teacher_features)
         return self._pair_grams(x, x)
 
     @torch.no_grad()
-    def pair_features(self, teacher_features: Sequence[Float[Tensor, "clips _"]]) -> Float[Tensor, "pairs clips sketch"]:
+    def pair_features(
+        self, teacher_features: Sequence[Float[Tensor, "clips _"]]
+    ) -> Float[Tensor, "pairs clips sketch"]:
         """Explicit (sketched) vectors ``[E, N, m]`` of the teachers' pair vertices, for UMAP or a bank."""
         return self.sketch(self.teacher_vectors(teacher_features), self.pairs)
 
     @torch.no_grad()
-    def student_pair_features(self, student_features: Float[Tensor, "clips student_dim"]) -> Float[Tensor, "pairs clips sketch"]:
+    def student_pair_features(
+        self, student_features: Float[Tensor, "clips student_dim"]
+    ) -> Float[Tensor, "pairs clips sketch"]:
         """The student's counterparts ``[E, N, m]``, in the same space as :meth:`pair_features`."""
         return self.sketch(self.student_vectors(student_features), self.pairs)
 
@@ -179,14 +205,20 @@ class RepresentationGraph(nn.Module):
             x, s = self.teacher_vectors(teacher_features), self.student_vectors(student_features)
             if self.distance == "fourier":
                 return self._fourier(self.sketch(x, self.pairs), self.sketch(s, self.pairs), labels)
-            grams = self._pair_grams(x, x), self._pair_grams(s, s), self._pair_grams(x, s)  # (E, N, N) each
+            grams = (
+                self._pair_grams(x, x),
+                self._pair_grams(s, s),
+                self._pair_grams(x, s),
+            )  # (E, N, N) each
             o = kernels.label_pair_weights(labels, self.mu, len(student_features), grams[0])
             return kernels.DISTANCES[self.distance](*grams, pair_weights=o, paired=self.paired)
 
     def _fourier(self, r: Tensor, rs: Tensor, labels: Tensor | None) -> Tensor:
         few = r[:, :: max(1, r.shape[1] // _BANDWIDTH_CLIPS)]
         square = few.pow(2).sum(-1)
-        width = kernels.median_bandwidth(kernels.squared_distances(square, square, kernels.gram(few)), default=2.0)
+        width = kernels.median_bandwidth(
+            kernels.squared_distances(square, square, kernels.gram(few)), default=2.0
+        )
         features = [kernels.fourier_features(v, self.directions, width) for v in (r, rs)]
         o = None if labels is None else kernels.label_vectors(labels, self.mu, r)
         return kernels.fourier_mmd2(*features, label_vectors=o, paired=self.paired)
@@ -216,17 +248,29 @@ class RepresentationGraph(nn.Module):
             ValueError: if sizes do not fit.
         """
         if pair_weights.shape != (len(self.pairs),):
-            raise ValueError(f"expected {len(self.pairs)} pair weights, got {tuple(pair_weights.shape)}")
+            raise ValueError(
+                f"expected {len(self.pairs)} pair weights, got {tuple(pair_weights.shape)}"
+            )
         distances = self.distances(student_features, teacher_features, labels)
         return (pair_weights.detach().to(distances) * distances).sum()
 
-    def to_networkx(self, pair_weights: Float[Tensor, " pairs"], distances: Float[Tensor, " pairs"]) -> "nx.Graph":
+    def to_networkx(
+        self, pair_weights: Float[Tensor, " pairs"], distances: Float[Tensor, " pairs"]
+    ) -> "nx.Graph":
         """Star of pair vertices ``"a+b"`` around ``"student"``; edges carry ``weight`` and ``distance``."""
         import networkx as nx
 
         graph = nx.Graph(route=self.route, distance=self.distance)
         graph.add_node("student", kind="student")
         for e, (i, j) in enumerate(self.pairs):
-            graph.add_node(self.names[e], kind="pair", teachers=(self.teachers[i], self.teachers[j]))
-            graph.add_edge(self.names[e], "student", kind="distance", weight=float(pair_weights[e]), distance=float(distances[e]))
+            graph.add_node(
+                self.names[e], kind="pair", teachers=(self.teachers[i], self.teachers[j])
+            )
+            graph.add_edge(
+                self.names[e],
+                "student",
+                kind="distance",
+                weight=float(pair_weights[e]),
+                distance=float(distances[e]),
+            )
         return graph

@@ -31,7 +31,9 @@ class TensorSketch(nn.Module):
         signs = torch.randint(2, (2, max_dim), generator=generator)
         self.register_buffer("sign", (2 * signs - 1).to(torch.int8))
 
-    def count_sketch(self, x: Float[Tensor, "*batch dim"], slot: int) -> Float[Tensor, "*batch sketch"]:
+    def count_sketch(
+        self, x: Float[Tensor, "*batch dim"], slot: int
+    ) -> Float[Tensor, "*batch sketch"]:
         """Count sketch of ``x`` for the first (0) or second (1) factor.
 
         Raises:
@@ -39,18 +41,26 @@ class TensorSketch(nn.Module):
         """
         dim = x.shape[-1]
         if dim > self.hash.shape[1]:
-            raise ValueError(f"vectors of {dim} entries, but the sketch was made for {self.hash.shape[1]}")
+            raise ValueError(
+                f"vectors of {dim} entries, but the sketch was made for {self.hash.shape[1]}"
+            )
         sketched = x.new_zeros(*x.shape[:-1], self.sketch_dim)
         return sketched.index_add(-1, self.hash[slot, :dim], x * self.sign[slot, :dim].to(x.dtype))
 
-    def forward(self, vectors: Sequence[Float[Tensor, "clips _"]], pairs: Sequence[tuple[int, int]]) -> Float[Tensor, "pairs clips sketch"]:
+    def forward(
+        self, vectors: Sequence[Float[Tensor, "clips _"]], pairs: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "pairs clips sketch"]:
         """Sketches of ``vectors[i] (x) vectors[j]`` for each pair (i, j); each transform is done once.
 
         FFTs know no half precision: those are upcast to float32.
         """
         with torch.autocast(vectors[0].device.type, enabled=False):
             vectors = [v if v.dtype == torch.float64 else v.float() for v in vectors]
-            first = {i: torch.fft.rfft(self.count_sketch(vectors[i], 0)) for i in {i for i, _ in pairs}}
-            second = {j: torch.fft.rfft(self.count_sketch(vectors[j], 1)) for j in {j for _, j in pairs}}
+            first = {
+                i: torch.fft.rfft(self.count_sketch(vectors[i], 0)) for i in {i for i, _ in pairs}
+            }
+            second = {
+                j: torch.fft.rfft(self.count_sketch(vectors[j], 1)) for j in {j for _, j in pairs}
+            }
             spectra = torch.stack([first[i] * second[j] for i, j in pairs])  # (E, N, m // 2 + 1)
             return torch.fft.irfft(spectra, n=self.sketch_dim)

@@ -48,7 +48,9 @@ def _unit_mass(x: Tensor) -> Tensor:
 
 def _common(a: Tensor, b: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
     if not a.shape[-1] == b.shape[-1] == cost.shape[-1]:
-        raise ValueError(f"class axes differ: a {a.shape[-1]}, b {b.shape[-1]}, cost {cost.shape[-1]}")
+        raise ValueError(
+            f"class axes differ: a {a.shape[-1]}, b {b.shape[-1]}, cost {cost.shape[-1]}"
+        )
     a, b = _unit_mass(a), _unit_mass(b)
     dtype, shape = torch.promote_types(a.dtype, b.dtype), torch.broadcast_shapes(a.shape, b.shape)
     return a.to(dtype).expand(shape), b.to(dtype).expand(shape)
@@ -124,7 +126,9 @@ def sinkhorn(
     a, b = _common(a, b, cost)
     a, b = a.detach(), b.detach()
     solved = _sinkhorn.sinkhorn(a, b, cost, eps, tol, max_iter)
-    return Transport(*solved, a, b, _sinkhorn.symmetric(cost, a.dtype), _sinkhorn.absolute_eps(cost, eps)[0])
+    return Transport(
+        *solved, a, b, _sinkhorn.symmetric(cost, a.dtype), _sinkhorn.absolute_eps(cost, eps)[0]
+    )
 
 
 def transport_cost(
@@ -198,7 +202,9 @@ def sinkhorn_divergence(
     self_q, potential = _sinkhorn.self_sinkhorn(q, cost, eps, tol, max_iter)
     p, q = _common(p, q, cost)
     # from q's own potential the problem is solved at once where p = q, and sooner the nearer they are
-    between = _sinkhorn.sinkhorn(p, q, cost, eps, tol, max_iter, potential.detach().expand(q.shape))[0]
+    between = _sinkhorn.sinkhorn(
+        p, q, cost, eps, tol, max_iter, potential.detach().expand(q.shape)
+    )[0]
     divergence = between - 0.5 * (self_p.to(between.dtype) + self_q)
     return divergence - divergence.detach().clamp(max=0)
 
@@ -230,7 +236,11 @@ class Barycenter:
         """
         exact = _sinkhorn.double(self.p.device)
         centre, p = self.distribution[..., None, :].to(exact), self.p.to(exact)
-        return sinkhorn(centre, p, self.ground, eps=self.eps, tol=1e-7).plan().to(self.distribution.dtype)
+        return (
+            sinkhorn(centre, p, self.ground, eps=self.eps, tol=1e-7)
+            .plan()
+            .to(self.distribution.dtype)
+        )
 
 
 @torch.no_grad()
@@ -269,9 +279,13 @@ def barycenter(
         ConvergenceWarning: when ``max_iter`` came first.
     """
     if weights.shape != p.shape[:-1] or p.shape[-1] != cost.shape[-1]:
-        raise ValueError(f"p {tuple(p.shape)}, weights {tuple(weights.shape)}, cost {tuple(cost.shape)} do not fit")
+        raise ValueError(
+            f"p {tuple(p.shape)}, weights {tuple(weights.shape)}, cost {tuple(cost.shape)} do not fit"
+        )
     p, weights = _unit_mass(p), _unit_mass(weights)
-    b, error, iterations, converged = _sinkhorn.barycenter(p, weights, cost, eps, tol, max_iter, debiased)
+    b, error, iterations, converged = _sinkhorn.barycenter(
+        p, weights, cost, eps, tol, max_iter, debiased
+    )
     return Barycenter(b, error, iterations, converged, p, cost.detach().to(p), eps)
 
 

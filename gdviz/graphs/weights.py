@@ -27,7 +27,9 @@ def _full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _surplus(probs: Probs, target: Float[Tensor, "clips #teachers classes"], cost: Cost, base: Tensor) -> Weights:
+def _surplus(
+    probs: Probs, target: Float[Tensor, "clips #teachers classes"], cost: Cost, base: Tensor
+) -> Weights:
     """``<p_nk, D (t_nk - mean_m t_mk)>`` over clips m in ``base``: the cost of moving a prediction to a target, less that to any target."""
     return (probs * ((target - target[base].mean(0)) @ cost.to(probs).mT)).sum(-1)
 
@@ -46,7 +48,12 @@ def teacher_prior(probs: Probs, labels: Labels, cost: Cost) -> Float[Tensor, " t
     known, probs = labels >= 0, _full(probs)
     shown = probs.new_zeros(probs.shape[1])
     if bool(known.any()):
-        gain = -_surplus(probs[known], one_hot(labels[known], probs.shape[-1]).to(probs)[:, None], cost, slice(None))
+        gain = -_surplus(
+            probs[known],
+            one_hot(labels[known], probs.shape[-1]).to(probs)[:, None],
+            cost,
+            slice(None),
+        )
         shown = (gain.mean(0) - gain.std(0, correction=0) / len(gain) ** 0.5).clamp(min=0)
     shown = shown if float(shown.sum()) > 1e-6 else torch.ones_like(shown)
     return _with_floor(shown / shown.sum(), 0.05).log()
@@ -155,14 +162,22 @@ def gate_loss(gate: Gate, probs: Probs, labels: Labels, rho: float) -> Float[Ten
     bets on the teacher that was luckiest on them.
     """
     weights = gate(probs)
-    right = probs.gather(2, labels[:, None, None].expand(-1, probs.shape[1], 1)).squeeze(2)  # (N, K)
+    right = probs.gather(2, labels[:, None, None].expand(-1, probs.shape[1], 1)).squeeze(
+        2
+    )  # (N, K)
     mixture = (weights * right).sum(-1).clamp(min=1e-8)
     mean = weights.mean(0)
     return -mixture.log().mean() + rho * (torch.xlogy(mean, mean) - mean * gate.log_prior).sum()
 
 
 def fit_gate(
-    probs: Probs, labels: Labels, log_prior: Float[Tensor, " teachers"], *, rho: float = 1.0, steps: int = 200, floor: float = 0.05
+    probs: Probs,
+    labels: Labels,
+    log_prior: Float[Tensor, " teachers"],
+    *,
+    rho: float = 1.0,
+    steps: int = 200,
+    floor: float = 0.05,
 ) -> Iterator[Gate]:
     """Yields the gate at its prior, and again after every ``steps`` steps down :func:`gate_loss` on the labelled clips.
 
@@ -183,7 +198,9 @@ def fit_gate(
 
 
 @torch.no_grad()
-def pair_alignment(pair_grams: Float[Tensor, "pairs clips clips"], labels: Labels) -> Float[Tensor, " pairs"]:
+def pair_alignment(
+    pair_grams: Float[Tensor, "pairs clips clips"], labels: Labels
+) -> Float[Tensor, " pairs"]:
     """``CKA(Gram(r_ij), [y = y'])`` on the labelled clips; 0 with fewer than four of them, or one class only.
 
     The unbiased CKA: the biased one reads .9 on independent features.

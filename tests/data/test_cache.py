@@ -1,0 +1,206 @@
+"""Caches of any kind give the frames of the plain one, are made again where they stood, and never of anything else."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import jobs
+import numpy as np
+import pytest
+import torch
+from conftest import REPO
+from jobs import psnr
+
+from gdviz.config import View
+from gdviz.core.files import UserError
+from gdviz.data import cache as caches
+from gdviz.data import reading as reader
+from gdviz.data.clips import pick_frames
+from gdviz.data.videos import VideoSet, load_folder
+
+KINDS = {"memmap": np.inf, "jpeg": 34, "transcode": 26}  # dB at least, against raw pixels
+
+
+@pytest.fixture
+def load(video_folder, tmp_path):
+    """``load(kind)``: ten videos of two classes, one damaged, through a cache with shards of three."""
+    root = video_folder(count=5)
+    (root / "a" / "a1.mp4").write_bytes(b"no video")
+
+    def open_it(kind: str, **changes) -> VideoSet:
+        return load_folder(
+            root,
+            View(**{"size": 31, "frames": 10, "cache": kind} | changes),
+            tmp_path / "cache",
+            workers=1,
+        )
+
+    return open_it
+
+
+@pytest.fixture(autouse=True)
+def _shards_of_three(monkeypatch):
+    monkeypatch.setattr(caches, "SHARD", 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_shows_the_same_videos(load, kind):
+    plain, found = load("memmap"), load(kind)
+    rows = torch.tensor([8, 0, 1, 1])
+    raw, seen = plain.batch(rows), found.batch(rows)
+    assert seen.shape == (4, 10, 31, 31, 3)
+    assert min(
+        psnr(a.numpy(), b.numpy())
+        for a, b in zip(raw.flatten(0, 1), seen.flatten(0, 1), strict=True)
+    ) > min(KINDS[kind], 59)
+    assert [path[-6:-4] for path, _ in found.skipped] == ["a1"]
+    assert torch.equal(found.metadata, plain.metadata) and found.splits == plain.splits
+    for length, stride in ((4, 1), (4, 2), (3, torch.tensor([1, 4, 2, 9])), (1, 1), (10, 3)):
+        for seed in (None, 0, 1):
+            rng = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+            assert torch.equal(
+                found.clips(rows, length, stride, rng[0]), pick_frames(seen, length, stride, rng[1])
+            )
+
+
+def test_large_sets_have_larger_shards_not_more(load, tmp_path, monkeypatch):
+    small = load("memmap").batch(torch.arange(9))
+    monkeypatch.setattr(caches, "SHARDS", 2)
+    shutil.rmtree(tmp_path / "cache")
+    caches._shard.cache_clear()
+    assert torch.equal(load("memmap").batch(torch.arange(9)), small)
+    assert len(list((tmp_path / "cache").rglob("pixels.u8"))) == 2
+
+
+def test_clips_touch_only_the_frames_they_need(load, monkeypatch):
+    rows, touched = torch.tensor([0, 5]), []
+    found = {kind: load(kind, frames=40) for kind in KINDS}
+    real, reals = caches.from_jpeg, reader._frames_from
+    monkeypatch.setattr(caches, "from_jpeg", lambda data: touched.append(1) or real(data))
+    monkeypatch.setattr(
+        reader, "_frames_from", lambda *args: (touched.append(1) or frame for frame in reals(*args))
+    )
+    found["jpeg"].clips(rows, 4, 5)
+    assert len(touched) == 2 * 4
+    touched.clear()
+    found["transcode"].clips(rows.repeat(10), 4, 1, torch.Generator().manual_seed(0))
+    assert len(touched) <= 20 * (4 + 8)  # from the key frame before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimates_are_about_right(ut_interaction, tmp_path, kind):
+    files = sorted(ut_interaction.rglob("*.avi"))[::20]
+    for size, frames in ((112, 32), (32, 16)):
+        videos = (reader.read_square(path, frames, size)[0].numpy() for path in files)
+        folder, shape = tmp_path / str(size), (frames, size, size, 3)
+        folder.mkdir()
+        caches.KINDS[kind].write(folder, videos, shape)
+        real = sum(p.stat().st_size for p in folder.iterdir())
+        assert 0.7 < caches.KINDS[kind].estimate(shape) * len(files) / real < 2, size
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    load, tmp_path, monkeypatch
+):
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=100_000))
+    with pytest.raises(UserError, match=r"needs about 0\.00 GB more .*--view\.cache"):
+        load("memmap")
+    assert not [
+        p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != "verified.sqlite"
+    ]
+    assert len(load("transcode").splits) == 9
+
+
+def test_a_cache_is_of_its_own_files_view_and_version_only(load, tmp_path, monkeypatch):
+    stamps = [
+        load(kind, **changes).pixels.folder.name
+        for kind in KINDS
+        for changes in ({}, {"size": 30}, {"frames": 9})
+    ]
+    assert len(set(stamps)) == 9
+    one, other = (tmp_path / "cache" / stamp for stamp in stamps[:2])
+    shutil.rmtree(other)
+    shutil.copytree(one, other)
+    with pytest.raises(UserError, match="holds other videos than its name says"):
+        load("memmap", size=30)
+    monkeypatch.setattr("gdviz.data.videos.VERSION", 99)
+    assert load("memmap").pixels.folder.name not in stamps
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [("memmap", "pixels.u8"), ("jpeg", "frames.jpeg"), ("transcode", "01.mp4")]
+)
+def test_a_damaged_shard_is_named(load, tmp_path, kind, file):
+    found = load(kind)
+    path = tmp_path / "cache" / found.pixels.folder.name / "00001" / file
+    path.write_bytes(path.read_bytes()[:-50])
+    found.batch(torch.tensor([0]))  # of another shard
+    with pytest.raises(
+        UserError, match=rf"{found.pixels.folder.name} is damaged \(shard 1: .*delete it"
+    ):
+        found.batch(torch.tensor([3]))
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from gdviz.config import View
+from gdviz.data import cache as caches
+from gdviz.data.videos import load_folder
+caches.SHARD, real, calls = 3, caches.read_square, []
+def read(*args):
+    calls.append(args)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+caches.read_square = read
+load_folder({root!r}, View(size=31, frames=10, cache={kind!r}), {cache!r})
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_fill_goes_on_with_the_shards_that_are_missing(load, tmp_path, monkeypatch, kind):
+    root, cache = tmp_path / "videos", tmp_path / "cache"
+    code = KILLED.format(tests=str(REPO / "tests"), root=str(root), cache=str(cache), kind=kind)
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPO).returncode
+        == -signal.SIGKILL
+    )
+    assert len(list(cache.rglob("found.json"))) == 2  # one is whole, one was being written
+    calls, real = [], caches.read_square
+    monkeypatch.setattr(
+        caches, "read_square", lambda path, *args: calls.append(path.name) or real(path, *args)
+    )
+    found = load(kind)
+    assert calls == ["b1.mp4", "b2.mp4", "b3.mp4", "b4.mp4"]
+    assert not list(cache.rglob(".0*"))
+    whole = load_folder(root, View(size=31, frames=10, cache=kind), tmp_path / "calm")
+    assert torch.equal(found.batch(torch.arange(9)), whole.batch(torch.arange(9)))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_file_that_kills_its_reader_costs_that_file_only(video_folder, tmp_path, monkeypatch):
+    root = video_folder(count=4)
+    monkeypatch.setattr(caches, "_fill_shard", jobs.fill_or_die)
+    found = load_folder(root, View(size=16, frames=6), tmp_path / "cache", workers=2)
+    ((path, reason),) = found.skipped
+    assert path.endswith("b1.mp4") and "killed" in reason
+    assert (
+        psnr(
+            found.batch(torch.tensor([5]))[0].numpy(),
+            reader.read_square(root / "b" / "b2.mp4", 6, 16)[0].numpy(),
+        )
+        > 59
+    )
+
+
+@pytest.mark.parametrize(("kind", "least"), [("jpeg", 40), ("transcode", 36)])
+def test_real_video_loses_little(ut_interaction, tmp_path, kind, least):
+    for number, path in enumerate(sorted(ut_interaction.rglob("*.avi"))[::15]):
+        video, folder = reader.read_square(path, 24, 112)[0].numpy(), tmp_path / str(number)
+        folder.mkdir()
+        caches.KINDS[kind].write(folder, iter([None, video]), video.shape)
+        assert psnr(caches.KINDS[kind](folder, video.shape).read(1, slice(None)), video) > least
