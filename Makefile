@@ -9,7 +9,7 @@ RUN     = runs/$(PROFILE)
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q -e ".[video,figures]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
@@ -35,8 +35,8 @@ notebooks: $(VENV)/.test     ## executes every notebook into build/notebooks, as
 figures: demo                ## rewrites figures/ from the demo's run
 	$(BIN)/gdviz figures $(RUN) --out figures
 
-lint: $(VENV)/.test
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/.test          ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright gdviz
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

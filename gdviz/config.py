@@ -1,4 +1,4 @@
-"""What a run is made of, as frozen dataclasses, and the three profiles. Command-line flags come from these."""
+"""What a run is made of, as frozen dataclasses, and profiles. The fields are command-line flags."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ class View:
     stride: int = 2
     """kept frames from one frame of a clip to the next"""
     clips: int = 3
-    """clips of a video, spread evenly over it, whose outputs are averaged when a network is read out or tested"""
-    cache: Literal["memmap", "jpeg", "transcode"] = "memmap"
-    """how decoded videos are kept: raw pixels (fastest), JPEG frames (a fifth of the bytes) or small H.264 files (a thirtieth)"""
+    """clips of a video, spread evenly over it, over which reading out and testing average"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Schedule:
     lr: float = 3e-3
     weight_decay: float = 1e-3
     min_steps: int = 5
-    """steps of an epoch at least, over the same clips again: sixty videos are not learned in one step an epoch"""
+    """least steps of an epoch: sixty videos are not learned in one step an epoch"""
     warmup: float = 0.1
     """share of the training over which the learning rate rises"""
     clip: float = 0.0
@@ -69,7 +67,7 @@ class Schedule:
     ema: float = 0.0
     """the result is a moving average of the weights with this decay; 0: the last weights"""
     accumulate: int = 1
-    """parts of a batch computed one after another, which takes less memory; graph losses then see one part at a time"""
+    """parts of a batch computed in turn, which takes less memory; graph losses see one at a time"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """of convolutions and matrix products, where lower than float32; graph losses keep float32"""
     compile: bool = False
@@ -81,7 +79,7 @@ class Teachers:
     """Pre-training and fitting of the teachers."""
 
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
-    """pretext tasks, one teacher each; MODULE:FUNCTION for one of your own, a gdviz.teachers.own.TappedBackbone or TappedClassifier"""
+    """pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own (docs/own.md)"""
     strides: tuple[int, ...] = (2, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16m"
@@ -89,7 +87,7 @@ class Teachers:
     fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)
     """fitting on the labelled part"""
     folds: int = 3
-    """cross-fitting folds: every labelled clip is judged by a teacher that has not seen its label"""
+    """cross-fitting folds: a labelled clip is judged by a teacher that has not seen its label"""
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,12 @@ class Distillation:
     labelled_batch: int = 8
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
     target: Literal["video", "clip"] = "video"
-    """what teachers say of a student's clip: the mean over its video, or what they say of that clip, one of view.clips a video"""
+    """students learn what teachers say of a video on average, or of the very clip"""
     temperature: float = 1.0
     eps: float = 0.3
     """entropic regularisation, relative to the mean ground cost"""
     cost_shrink: float = 0.5
-    """share of the 0/1 cost in the ground cost: a learned cost alone makes confusing alike classes cheap"""
+    """share of the 0/1 cost in the ground cost: with none, confusing alike classes is cheap"""
     beta: float = 1.0
     """weight of the consensus in the logits graph"""
     logits_scale: float = 1.0
@@ -145,6 +143,9 @@ class Profile:
     motion: MotionData = MotionData()
     """the embedded data; unused with --data"""
     view: View = View()
+    storage: Literal["memmap", "jpeg", "transcode"] = "memmap"
+    """decoded videos are kept as raw pixels (fastest), JPEG frames (a fifth of the bytes) or
+    small H.264 files (a thirtieth)"""
     teachers: Teachers = Teachers()
     distillation: Distillation = Distillation()
     seeds: tuple[int, ...] = (0, 1, 2)

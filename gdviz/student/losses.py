@@ -1,4 +1,8 @@
-"""Baseline distillation losses, as pure functions. The two graph losses live in ``gdviz.graphs``."""
+"""Baseline distillation losses as pure functions. The two graphs' losses live in ``gdviz.graphs``.
+
+Teachers are constants, unless a docstring says otherwise. Losses on features and relations run in
+full precision outside autocast: bfloat16 Gram matrices put them off by several per cent.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,38 +17,20 @@ from torch import Tensor
 
 def kd_loss(
     student_logits: Float[Tensor, "*batch classes"],
-    teacher_probs: Float[Tensor, "*batch classes"],
-    temperature: float,
-) -> Float[Tensor, ""]:
-    """``T^2 mean_n KL(p_n || softmax(z_n / T))`` (Hinton et al. 2015, section 2.1).
-
-    ``T^2`` keeps the size of the gradient independent of T, so it is never dropped.
-
-    Args:
-        student_logits: ``[*batch, C]`` raw logits.
-        teacher_probs: ``[*batch, C]`` probabilities already softened at ``temperature``.
-        temperature: T > 0.
-
-    Raises:
-        ValueError: if T is not positive.
-    """
-    return multi_teacher_kd_loss(
-        student_logits,
-        teacher_probs[..., None, :],
-        torch.ones_like(student_logits[..., :1]),
-        temperature,
-    )
-
-
-def multi_teacher_kd_loss(
-    student_logits: Float[Tensor, "*batch classes"],
     teacher_probs: Float[Tensor, "*batch teachers classes"],
     weights: Float[Tensor, "*batch teachers"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """``T^2 mean_n sum_k w_nk KL(p_nk || q_n)``: uniform, EBKD or any other weighting of teachers.
+    """``T^2 mean_n sum_k w_nk KL(p_nk || softmax(z_n / T))`` (Hinton et al. 2015, section 2.1).
 
-    Its gradient is that of KD from the mixture ``sum_k w_nk p_nk``. Teachers and weights are constants.
+    Its gradient is that of distillation from the mixture ``sum_k w_nk p_nk``. ``T^2`` keeps the
+    size of the gradient independent of T. Weights are constants.
+
+    Args:
+        student_logits: ``[*batch, C]`` raw logits.
+        teacher_probs: ``[*batch, K, C]`` probabilities, softened at ``temperature`` already.
+        weights: ``[*batch, K]``.
+        temperature: T > 0.
 
     Raises:
         ValueError: if T is not positive.
@@ -58,30 +44,20 @@ def multi_teacher_kd_loss(
 
 
 def hint_loss(
-    student_features: Float[Tensor, "*batch dim"], teacher_features: Float[Tensor, "*batch dim"]
+    student: Float[Tensor, "*batch dim"], teacher: Float[Tensor, "*batch dim"]
 ) -> Float[Tensor, ""]:
     """``mean |h_s - h_t|^2 / d`` on features of one size (FitNets, Romero et al. 2015, eq. 3).
 
     The regressor that maps the student's features to the teacher's size belongs to the caller.
     """
-    return F.mse_loss(student_features, teacher_features.detach())
-
-
-# Relational and logit losses. Teachers are constants throughout, unless a docstring says otherwise.
+    return F.mse_loss(student, teacher.detach())
 
 
 def _full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _in_full_precision(features: Tensor) -> Float[Tensor, "b d"]:
-    """``[B, d]`` float32 or float64: products of half-precision features lose the small distances these losses compare."""
-    return _full(features.flatten(1))
-
-
 def _without_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Runs ``loss`` outside autocast: bfloat16 Gram matrices put the relational losses off by several per cent."""
-
     @wraps(loss)
     def wrapped(student: Tensor, *others: Any, **options: Any) -> Tensor:
         with torch.autocast(student.device.type, enabled=False):
@@ -90,40 +66,8 @@ def _without_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
-@_without_autocast
-def attention_loss(
-    student_maps: Float[Tensor, "b _ *grid"], teacher_maps: Float[Tensor, "b _ *grid"]
-) -> Float[Tensor, ""]:
-    """``mean_n | a_s / |a_s| - a_t / |a_t| |^2`` with ``a = sum_c maps_c^2`` (AT, Zagoruyko & Komodakis 2017, eq. 2, squared).
-
-    Args:
-        student_maps: ``[B, c_s, *grid]`` feature maps.
-        teacher_maps: ``[B, c_t, *grid]`` on the same grid; resize one of them first if need be.
-
-    Raises:
-        ValueError: if the grids differ.
-    """
-    if student_maps.shape[2:] != teacher_maps.shape[2:]:
-        raise ValueError(
-            f"attention maps of different grids: {tuple(student_maps.shape[2:])} and {tuple(teacher_maps.shape[2:])}"
-        )
-    s, t = (
-        F.normalize(_full(m).pow(2).sum(1).flatten(1), dim=1) for m in (student_maps, teacher_maps)
-    )
-    return (s - t.detach()).pow(2).sum(1).mean()
-
-
-@_without_autocast
-def similarity_loss(
-    student: Float[Tensor, "b *d1"], teacher: Float[Tensor, "b *d2"]
-) -> Float[Tensor, ""]:
-    """``|G_t - G_s|_F^2 / B^2``, G the Gram matrix with rows of unit length (SP, Tung & Mori 2019, eqs. 2 to 4)."""
-    s, t = (F.normalize(x @ x.T, dim=1) for x in map(_in_full_precision, (student, teacher)))
-    return (s - t.detach()).pow(2).mean()
-
-
 def _gram_distances(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrix and distances ``[B, B]`` of centred rows; the diagonal is exactly zero, with a gradient of zero."""
+    """Gram matrix and distances ``[B, B]`` of centred rows; on the diagonal a gradient of zero."""
     x = x - x.mean(0)
     gram = x @ x.T
     square = gram.diagonal()
@@ -136,15 +80,15 @@ def _gram_distances(x: Tensor) -> tuple[Tensor, Tensor]:
 def relational_distance_loss(
     student: Float[Tensor, "b d1"], teacher: Float[Tensor, "b d2"]
 ) -> Float[Tensor, ""]:
-    """``mean_ij huber(d_s(i, j) / mu_s - d_t(i, j) / mu_t)``, mu the mean distance (RKD-D, Park et al. 2019, eqs. 5 to 7). 0 at B = 1."""
+    """``mean_ij huber(d_s(i, j) / mu_s - d_t(i, j) / mu_t)``, mu the mean distance.
+
+    RKD-D (Park et al. 2019, eqs. 5 to 7). 0 at B = 1.
+    """
 
     def relative(x: Tensor) -> Tensor:
-        distance = _gram_distances(_in_full_precision(x))[1]
-        return (
-            distance
-            * (distance > 0).sum().clamp(min=1)
-            / distance.sum().clamp(min=torch.finfo(distance.dtype).tiny)
-        )
+        distance = _gram_distances(_full(x))[1]
+        total = distance.sum().clamp(min=torch.finfo(distance.dtype).tiny)
+        return distance * (distance > 0).sum().clamp(min=1) / total
 
     return F.smooth_l1_loss(relative(student), relative(teacher.detach()))
 
@@ -153,41 +97,21 @@ def relational_distance_loss(
 def relational_angle_loss(
     student: Float[Tensor, "b d1"], teacher: Float[Tensor, "b d2"]
 ) -> Float[Tensor, ""]:
-    """``mean_ijk huber(cos_s(j i k) - cos_t(j i k))`` over all angles at i (RKD-A, Park et al. 2019, eqs. 8 and 9). 0 at B = 1.
+    """``mean_ijk huber(cos_s(j i k) - cos_t(j i k))`` over all angles at i.
 
-    ``<x_j - x_i, x_k - x_i> = G_jk - G_ij - G_ik + G_ii``: from the Gram matrix, without the [B, B, d] differences.
+    RKD-A (Park et al. 2019, eqs. 8 and 9). 0 at B = 1. By the Gram matrix, without the
+    [B, B, d] differences: ``<x_j - x_i, x_k - x_i> = G_jk - G_ij - G_ik + G_ii``.
     """
 
     def cosines(x: Tensor) -> Tensor:
-        gram, distance = _gram_distances(_in_full_precision(x))
-        inverse = torch.where(
-            distance > 0, 1 / distance.clamp(min=torch.finfo(distance.dtype).tiny), 0.0
-        )
+        gram, distance = _gram_distances(_full(x))
+        tiny = torch.finfo(distance.dtype).tiny
+        inverse = torch.where(distance > 0, 1 / distance.clamp(min=tiny), 0.0)
         offset = 0.5 * gram.diagonal()[:, None] - gram
-        return (
-            (gram + offset[:, :, None] + offset[:, None, :])
-            * inverse[:, :, None]
-            * inverse[:, None, :]
-        )  # [i, j, k]
+        inner = gram + offset[:, :, None] + offset[:, None, :]  # [i, j, k]
+        return inner * inverse[:, :, None] * inverse[:, None, :]
 
     return F.smooth_l1_loss(cosines(student), cosines(teacher.detach()))
-
-
-@_without_autocast
-def correlation_loss(
-    student: Float[Tensor, "b d1"], teacher: Float[Tensor, "b d2"], gamma: float = 0.4
-) -> Float[Tensor, ""]:
-    """``|C_s - C_t|_F^2 / B^2``, C the Gaussian kernel of unit features to second order (CC, Peng et al. 2019, eqs. 4 and 9).
-
-    ``C_ij = exp(-2 gamma) sum_{p=0..2} (2 gamma)^p / p! <x_i, x_j>^p``.
-    """
-
-    def kernel(x: Tensor) -> Tensor:
-        x = F.normalize(_in_full_precision(x), dim=1)
-        g = 2 * gamma * (x @ x.T)
-        return math.exp(-2 * gamma) * (1 + g + g * g / 2)
-
-    return (kernel(student) - kernel(teacher.detach())).pow(2).mean()
 
 
 @_without_autocast
@@ -198,13 +122,14 @@ def contrastive_loss(
     bank: int,
     temperature: float = 0.07,
 ) -> Float[Tensor, ""]:
-    """``-mean_i [ log h(s_i, t_i) + sum_j log(1 - h(s_i, t_ij)) ]``, ``h = e / (e + N / M)``, ``e = exp(<s, t> / tau)``.
+    """``-mean_i [ log h(s_i, t_i) + sum_j log(1 - h(s_i, t_ij)) ]``, ``h = e / (e + N / M)``.
 
-    CRD (Tian et al. 2020), equations 10, 18 and 19. Embeddings are brought to unit length here, and made by the caller.
+    ``e = exp(<s, t> / tau)`` (CRD, Tian et al. 2020, eqs. 10, 18, 19). Vectors are scaled to unit
+    length here. Not constant: the teacher's vectors, whose embedding may be trained.
 
     Args:
         student: ``[B, d]`` embedded student features.
-        teacher: ``[B, d]`` embedded teacher features of the same clips; pass them with their gradient if the embedding is learned.
+        teacher: ``[B, d]`` embedded teacher features of the same clips.
         negatives: ``[B, N, d]`` embedded teacher features of other clips.
         bank: M, how many clips negatives are drawn from.
         temperature: tau > 0.
@@ -212,10 +137,8 @@ def contrastive_loss(
     s, t, others = (F.normalize(_full(x), dim=-1) for x in (student, teacher, negatives))
     prior = math.log(others.shape[1] / bank)
     log_prior = s.new_tensor(prior)
-    right, wrong = (
-        (s * t).sum(-1) / temperature,
-        torch.einsum("bd,bnd->bn", s, others) / temperature,
-    )
+    right = (s * t).sum(-1) / temperature
+    wrong = torch.einsum("bd,bnd->bn", s, others) / temperature
     positive = right - torch.logaddexp(right, log_prior)
     negative = prior - torch.logaddexp(wrong, log_prior)
     return -(positive + negative.sum(-1)).mean()
@@ -230,10 +153,10 @@ def decoupled_kd_loss(
     alpha: float = 1.0,
     beta: float = 8.0,
 ) -> Float[Tensor, ""]:
-    """``T^2 mean_n [ alpha KL(b_t || b_s) + beta KL(p^_t || p^_s) ]`` (DKD, Zhao et al. 2022, eq. 7).
+    """``T^2 mean_n [ alpha KL(b_t || b_s) + beta KL(p^_t || p^_s) ]``.
 
-    ``b``: true class against all others; ``p^``: the other classes among themselves. All in the log
-    domain: finite for any finite logits.
+    DKD (Zhao et al. 2022, eq. 7). ``b``: true class against all others; ``p^``:
+    the other classes among themselves. In the log domain: finite for any finite logits.
     """
     true = F.one_hot(labels, student_logits.shape[1]).bool()
 
@@ -258,16 +181,16 @@ def dist_loss(
     beta: float = 1.0,
     gamma: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """``T^2 [ beta mean_n (1 - rho(p_s,n , p_t,n)) + gamma mean_c (1 - rho(p_s,:c , p_t,:c)) ]`` (DIST, Huang et al. 2022, eqs. 6 to 9).
+    """``T^2 [ beta mean_n (1 - rho(p_s,n , p_t,n)) + gamma mean_c (1 - rho(p_s,:c , p_t,:c)) ]``.
 
-    rho is Pearson's correlation, over classes and over the clips of the batch; 0 where one of them does not vary.
+    DIST (Huang et al. 2022, eqs. 6 to 9); rho is Pearson's correlation, over classes and over the
+    clips of the batch, and 0 where one of them does not vary.
     """
-    p, q = (
-        torch.softmax(_full(z) / temperature, 1) for z in (student_logits, teacher_logits.detach())
-    )
+    p, q = (torch.softmax(_full(z) / temperature, 1) for z in (student_logits, teacher_logits))
 
     def apart(a: Tensor, b: Tensor) -> Tensor:
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
         return (1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)).mean()
 
+    q = q.detach()
     return temperature**2 * (beta * apart(p, q) + gamma * apart(p.T, q.T))

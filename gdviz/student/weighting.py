@@ -1,7 +1,8 @@
-"""Policies: whom to listen to, behind one signature; the default, and the rules of other papers.
+"""Policies: rules that weigh teachers, behind one signature; this project's and other papers'.
 
-A policy maps what the teachers say ``[N, K, C]``, labels ``[N]`` (-1 unknown) and, where it looks at it, what the
-student says ``[N, C]`` to weights ``[N, K]`` whose rows sum to one. All of them are constants to the student.
+A policy maps the teachers' probabilities ``[N, K, C]``, labels ``[N]`` (-1 unknown) and, where it
+looks at it, the student's probabilities ``[N, C]`` to weights ``[N, K]`` whose rows sum to one. All
+weights are constants to the student.
 """
 
 from collections.abc import Callable
@@ -44,10 +45,10 @@ def entropic(
     eta: float = 0.25,
     floor: float = 0.05,
 ) -> Weights:
-    """The default: :func:`closed_form` of :func:`evidence` under :func:`teacher_prior`.
+    """Return :func:`closed_form` of :func:`evidence` under :func:`teacher_prior` (ours).
 
-    Costs have unit mean off the diagonal, so with ``eta = 0.25`` a clip on which a teacher errs a quarter
-    less counts ``e`` times more. ``cost`` defaults to 0/1.
+    Costs have unit mean off the diagonal, so with ``eta = 0.25`` a clip on which a teacher errs a
+    quarter less counts ``e`` times more. ``cost`` defaults to 0/1.
     """
     cost = zero_one_cost(probs.shape[-1]).to(probs) if cost is None else cost
     c = evidence(probs, labels, cost, alpha=alpha)
@@ -65,36 +66,32 @@ def gated(
     steps: int = 200,
     floor: float = 0.05,
 ) -> Weights:
-    """The gate alone: :func:`fit_gate` from :func:`teacher_prior`, applied to every clip."""
+    """Return the gate alone: :func:`fit_gate` from :func:`teacher_prior`, on every clip (ours)."""
     cost = zero_one_cost(probs.shape[-1]).to(probs) if cost is None else cost
     prior = teacher_prior(probs, labels, cost)
-    return next(islice(fit_gate(probs, labels, prior, rho=rho, steps=steps, floor=floor), 1, None))(
-        probs
-    )
+    gates = fit_gate(probs, labels, prior, rho=rho, steps=steps, floor=floor)
+    return next(islice(gates, 1, None))(probs)
 
 
 def _against(score: Float[Tensor, "*batch teachers"]) -> Float[Tensor, "*batch teachers"]:
-    """``(1 - softmax_k(score)) / (K - 1)``: the higher the score the less weight; 1 for a single teacher."""
-    return (
-        (1 - torch.softmax(score, -1)) / (score.shape[-1] - 1)
-        if score.shape[-1] > 1
-        else torch.ones_like(score)
-    )
+    """``(1 - softmax_k(score)) / (K - 1)``: the higher the score the lower the weight."""
+    teachers = score.shape[-1]
+    if teachers == 1:
+        return torch.ones_like(score)
+    return (1 - torch.softmax(score, -1)) / (teachers - 1)
 
 
-def _label_entropy(probs: Probs, labels: Labels) -> Weights:
-    """Cross-entropy ``-log p_nk[y_n]`` of each teacher; rows of -1 mean nothing."""
-    right = probs.gather(
-        2, labels.clamp(min=0)[:, None, None].expand(-1, probs.shape[1], 1)
-    ).squeeze(2)
-    return -right.clamp(min=1e-8).log()
+def _cross_entropy(probs: Probs, labels: Labels) -> Weights:
+    """``-log p_nk[y_n]`` of each teacher; rows without a label mean nothing."""
+    index = labels.clamp(min=0)[:, None, None].expand(-1, probs.shape[1], 1)
+    return -probs.gather(2, index).squeeze(2).clamp(min=1e-8).log()
 
 
 @torch.no_grad()
 def entropy_based(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
     """``w_nk = (1 - softmax_k(H(p_nk))) / (K - 1)``: the surer teacher counts more.
 
-    After EBKD (Kwon et al., ICASSP 2020); this normalisation is ours. A sure but wrong teacher wins.
+    After EBKD (Kwon et al., ICASSP 2020), normalised our way. A sure but wrong teacher wins.
     """
     return _against(torch.special.entr(probs).sum(-1))
 
@@ -103,27 +100,27 @@ def entropy_based(probs: Probs, labels: Labels, student_probs: StudentProbs = No
 def confidence_aware(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
     """``w_nk = (1 - softmax_k(CE(p_nk, y_n))) / (K - 1)`` (CA-MKD, Zhang et al., ICASSP 2022).
 
-    The paper has labels everywhere. A clip without one gets the mean weights of those that have one (ours),
-    or uniform weights if none has. Never below 0 or above ``1 / (K - 1)``: two bad teachers of four keep a share.
+    The paper has labels everywhere. A clip without one gets the mean weights of those that have
+    one (ours), or uniform weights if none has. No weight exceeds ``1 / (K - 1)``.
     """
     known = labels >= 0
     if not bool(known.any()):
         return uniform(probs, labels)
-    weights = _against(_label_entropy(probs, labels))
+    weights = _against(_cross_entropy(probs, labels))
     return torch.where(known[:, None], weights, weights[known].mean(0))
 
 
 @torch.no_grad()
 def uncertainty(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
-    """``w_k ~ 1 / sigma_k^2``, ``sigma = argmin sum_k CE_k / sigma_k^2 + log sigma_k`` (Kendall et al., CVPR 2018, eq. 10).
+    """``w_k ~ 1 / sigma_k^2``, ``sigma = argmin sum_k CE_k / sigma_k^2 + log sigma_k``.
 
-    ``CE_k`` is a teacher's mean cross-entropy to the labels. It does not move, so the trained log-variances
-    end at ``sigma_k^2 = 2 CE_k``, and we start there. Uniform without labels.
+    Kendall et al., CVPR 2018, eq. 10. ``CE_k``, a teacher's mean cross-entropy to the labels, does
+    not move, so trained log-variances end at ``sigma_k^2 = 2 CE_k``. Uniform without labels.
     """
     known = labels >= 0
     if not bool(known.any()):
         return uniform(probs, labels)
-    precision = 1 / _label_entropy(probs[known], labels[known]).mean(0).clamp(min=1e-6)
+    precision = 1 / _cross_entropy(probs[known], labels[known]).mean(0).clamp(min=1e-6)
     return (precision / precision.sum()).expand_as(probs[..., 0])
 
 
@@ -136,12 +133,13 @@ def capped_simplex_minimum(
     tol: float = 1e-7,
     steps: int = 1000,
 ) -> Float[Tensor, "*batch k"]:
-    """``argmin_w <w, Q w> / 2 + <b, w>`` with ``sum w = 1``, ``0 <= w <= upper``, a batch of small problems at once.
+    """``argmin_w <w, Q w> / 2 + <b, w>`` with ``sum w = 1``, ``0 <= w <= upper``, for a batch.
 
-    Sequential minimal optimisation (Platt 1998): moves weight from the coordinate where that gains most to
-    the one where it costs least, exactly, until no pair gains more than ``tol``. Needs ``upper >= 1 / k``.
+    Sequential minimal optimisation (Platt 1998): move weight from the coordinate where that gains
+    most to the one where it costs least, until no pair gains more than ``tol``. Needs
+    ``upper >= 1 / k``. Runs on the CPU, in float64.
     """
-    q, b = quadratic.double(), linear.double()
+    q, b = quadratic.cpu().double(), linear.cpu().double()
     w = torch.full_like(b, 1 / b.shape[-1])
     for _ in range(steps):
         slope = (q @ w[..., None]).squeeze(-1) + b
@@ -150,9 +148,8 @@ def capped_simplex_minimum(
         gap = (slope.gather(-1, worst) - slope.gather(-1, best)).clamp(min=0)
         if float(gap.max()) <= tol:
             break
-        move = (
-            torch.zeros_like(w).scatter(-1, best, 1.0).scatter_add(-1, worst, -torch.ones_like(gap))
-        )
+        move = torch.zeros_like(w).scatter(-1, best, 1.0)
+        move = move.scatter_add(-1, worst, -torch.ones_like(gap))
         curvature = (move * (q @ move[..., None]).squeeze(-1)).sum(-1, keepdim=True)
         room = torch.minimum(upper - w.gather(-1, best), w.gather(-1, worst))
         w = w + torch.minimum(gap / curvature.clamp(min=1e-300), room) * move
@@ -166,15 +163,14 @@ def gradient_space(
     *,
     upper: float = 0.6,
 ) -> Weights:
-    """``argmin_w |sum_k w_k g_nk|^2`` with ``sum w = 1``, ``0 <= w <= upper`` (AE-KD, Du et al., NeurIPS 2020).
+    """``argmin_w |sum_k w_k g_nk|^2`` on the capped simplex (AE-KD, Du et al., NeurIPS 2020).
 
-    ``g_nk = q_n - p_nk`` is the gradient of KD from teacher k by the student's logits, over T: the mixture of
-    teachers nearest to the student. ``upper`` is the paper's C, raised to ``1 / K`` where it must be.
+    ``g_nk = q_n - p_nk`` is the gradient of KD from teacher k by the student's logits, over T.
+    ``upper`` is the paper's C, raised to ``1 / K`` where it must be.
     """
     g = student_probs[:, None] - probs
-    return capped_simplex_minimum(
-        g @ g.mT, torch.zeros_like(g[..., 0]), max(upper, 1 / probs.shape[1])
-    )
+    upper = max(upper, 1 / probs.shape[1])
+    return capped_simplex_minimum(g @ g.mT, torch.zeros_like(g[..., 0]), upper)
 
 
 def trained_on_the_loss(
@@ -185,17 +181,14 @@ def trained_on_the_loss(
     regulariser: float = 0.0,
     prior: float = 0.0,
 ) -> Weights:
-    """``argmin_w sum_k w_k KL_k + regulariser |w - 1/K|^2`` on the simplex, then ``(w + prior / K) / (1 + prior)``.
+    """``argmin_w sum_k w_k KL_k + regulariser |w - 1/K|^2``; add ``prior / K``, rescale to 1.
 
-    ``KL_k = mean_n KL(p_nk || q_n)`` is the distillation loss itself, and ``w`` where learning by it ends. Kept
-    to show why not: all weight goes to the teacher nearest to the student, who then comes nearer still.
+    ``KL_k = mean_n KL(p_nk || q_n)`` is the distillation loss itself. Kept to show why not: all
+    weight goes to the teacher nearest to the student, which then comes nearer still.
     """
     weights = uniform(probs, labels)
-    loss = (
-        (torch.xlogy(probs, probs) - probs * student_probs.clamp(min=1e-12).log()[:, None])
-        .sum(-1)
-        .mean(0)
-    )
+    log_q = student_probs.clamp(min=1e-12).log()[:, None]
+    loss = (torch.xlogy(probs, probs) - probs * log_q).sum(-1).mean(0)
     eye = torch.eye(len(loss)).to(loss)
     found = capped_simplex_minimum(2 * regulariser * eye, loss - 2 * regulariser * weights[0])
     return ((found + prior * weights[0]) / (1 + prior)).expand_as(weights)
@@ -204,10 +197,11 @@ def trained_on_the_loss(
 def graph_distillation(
     probs: Probs, labels: Labels, student_probs: Float[Tensor, "clips classes"]
 ) -> Weights:
-    """Edges learned on the distillation loss, held by a regulariser and a prior (Luo et al., ECCV 2018).
+    """Edges learned on the distillation loss, regularised (Luo et al., ECCV 2018).
 
-    As in their code the squared distance of the batch's mean edges to the prior weighs as much as the loss, and
-    the prior is added to the edges. There a small network trained along makes them; here they are the optimum.
+    As in their code the squared distance of the batch's mean edges to the prior weighs as much as
+    the loss, and the prior is added to the edges. Theirs come from a small network trained along;
+    these are the optimum.
     """
     return trained_on_the_loss(probs, labels, student_probs, regulariser=1.0, prior=1.0)
 
@@ -223,5 +217,5 @@ POLICIES: dict[str, Policy] = {
     "kendall": uncertainty,
     "loss": trained_on_the_loss,
 }
-#: These follow the student: anew in every step, from its outputs on the batch. The others are fixed before.
+#: Asked anew in every step, about the student's probabilities on the batch; others once, before.
 FOLLOW_STUDENT = frozenset({"aekd", "luo", "loss"})

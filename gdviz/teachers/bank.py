@@ -1,125 +1,339 @@
-"""What frozen teachers know: their outputs on every video, stacked, and the ground cost they imply."""
+"""The bank: what frozen teachers say of every clip of every video, read out once and kept.
+
+    TEACHER/bank/00000.safetensors   of the first 4,096 videos, in half precision
+    TEACHER/bank/index.json          written last: of which videos, seen how; the temperature
+
+A file holds raw ``logits [videos, clips, c]`` and ``features [videos, clips, d]``, the ``fold``
+of labelled videos (else -1), and ``held``, their features out of fold. Logits of labelled videos are
+out of fold. Features are all the teacher's own: those of its copies live in other spaces.
+A :class:`Bank` gives *calibrated* logits, and means over clips unless asked for a clip.
+A safetensors file is a memory map: what training asks for is read, and no more.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Generator, Tensor
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
-from gdviz.config import Distillation
-from gdviz.data.videos import VideoSet
-from gdviz.graphs import (
-    LogitsGraph,
-    RepresentationGraph,
-    average_costs,
-    cost_from_means,
-    zero_one_cost,
+from gdviz.config import View
+from gdviz.core import distributed
+from gdviz.core.files import (
+    UserError,
+    fingerprint,
+    load_json,
+    load_tensors,
+    meta_of,
+    save_json,
+    save_tensors,
 )
-from gdviz.graphs.costs import normalise_cost
-from gdviz.teachers.fit import TeacherOutputs
-from gdviz.teachers.readout import ClipOutputs
+from gdviz.data.clips import multi_views
+from gdviz.data.videos import VideoSet
+
+PART = 4096  # videos of a file: the unit of resumption
+VERSION = 2  # raise when what is kept changes
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes; the CPU if it has no parameters."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, videos: VideoSet, rows: Int[Tensor, " n"], view: View, batch: int = 128
+) -> tuple[Float[Tensor, "n v c"], Float[Tensor, "n v d"]]:
+    """Return logits and features of each of ``view.clips`` clips of these videos.
+
+    Processes that train together share the work.
+
+    Args:
+        model: clips [b, 3, t, h, w] -> (logits [b, c], features [b, d]); put into eval mode.
+        videos: the set.
+        rows: which videos.
+        view: how clips are taken.
+        batch: videos read at once.
+    """
+    model.eval()
+    device = device_of(model)
+
+    def see(part: Tensor) -> list[Tensor]:
+        frames = videos.batch(part).to(device)
+        clips = multi_views(frames, view.length, view.stride, view.clips, 1)
+        return [torch.stack(of, 1) for of in zip(*map(model, clips), strict=True)]
+
+    world = distributed.world()
+    even = rows[torch.arange(math.ceil(len(rows) / world) * world) % len(rows)]  # some twice
+    seen = zip(*map(see, distributed.deal(even).split(batch)), strict=True)
+    logits, features = (
+        distributed.gather(torch.cat(parts).float())[: len(rows)].cpu() for parts in seen
+    )
+    return logits, features
+
+
+def calibration_temperature(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
+    """Return the t that minimises the cross-entropy of ``logits / t`` (Guo et al. 2017).
+
+    From a grid in [0.25, 16].
+    """
+    grid = torch.logspace(-2, 4, 121, base=2.0)
+    losses = torch.stack([cross_entropy(logits / t, labels) for t in grid])
+    return float(grid[losses.argmin()])
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """What the frozen teachers say of every video of the set; rows are videos."""
+class Readout:
+    """One teacher's raw logits and features of every clip of every video, by parts.
+
+    Attributes:
+        parts: ``logits [m, v, c]``, ``features [m, v, d]``, ``fold [m]`` and ``held [h, v, d]`` of
+            ``PART`` videos each; row i of ``held`` is the i-th video of the part with a fold.
+        temperature: what the logits are divided by to be calibrated.
+    """
+
+    parts: Sequence[dict[str, Tensor]]
+    temperature: float = 1.0
+
+    @property
+    def fold(self) -> Int[Tensor, " n"]:
+        """Cross-fitting fold of each labelled training video, else -1."""
+        return torch.cat([part["fold"] for part in self.parts]).long()
+
+    def at(self, name: str, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b _"]:
+        """Return ``logits``, ``features`` or ``held`` of these videos.
+
+        ``held`` means features out of fold, where a video has a fold, and else ``features``.
+        Means over clips; with ``clips`` those of clip ``clips[i]`` of video ``rows[i]``.
+        """
+        if name == "held":
+            return self._held(rows)
+        out = torch.empty(len(rows), self.parts[0][name].shape[-1])
+        number, place = rows // PART, rows % PART
+        for n in number.unique().tolist():
+            here = number == n
+            part = self.parts[n][name]
+            if clips is None:
+                out[here] = part[place[here]].float().mean(1)
+            else:
+                out[here] = part[place[here], clips[here]].float()
+        return out
+
+    def _held(self, rows: Tensor) -> Tensor:
+        out = self.at("features", rows)
+        for i, row in enumerate(rows.tolist()):
+            part, place = self.parts[row // PART], row % PART
+            if part["fold"][place] >= 0:
+                number = int((part["fold"][:place] >= 0).sum())  # its row in `held`
+                out[i] = part["held"][number].float().mean(0)
+        return out
+
+    @classmethod
+    def from_means(
+        cls,
+        logits: Float[Tensor, "n c"],
+        features: Float[Tensor, "n d"],
+        fold: Int[Tensor, " n"],
+        held: Float[Tensor, "n d"] | None = None,
+        temperature: float = 1.0,
+    ) -> Readout:
+        """Return a readout in memory, of one clip a video (at most ``PART`` videos)."""
+        held = features if held is None else held
+        parts = {"logits": logits[:, None], "features": features[:, None], "fold": fold}
+        return cls([parts | {"held": held[fold >= 0][:, None]}], temperature)
+
+
+def stamp_of(models: Sequence[nn.Module], videos: VideoSet, view: View) -> str:
+    """Return a fingerprint of all that a readout depends on: networks (their ``repr``, too)."""
+    weights = hashlib.sha256()
+    for model in models:
+        weights.update(repr(model).encode())
+        for name, value in model.state_dict().items():
+            raw = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            weights.update(name.encode() + raw.tobytes())
+    return fingerprint(weights.hexdigest(), videos.fingerprint, view, VERSION)
+
+
+def _part(
+    models: Sequence[nn.Module], fold: Tensor, videos: VideoSet, rows: Tensor, view: View
+) -> dict[str, Tensor]:
+    """Ask the teacher about ``rows``; about labelled ones, the copy that has not seen them."""
+    logits, features = predict(models[0], videos, rows, view)
+    held = features.clone()
+    for number, copy in enumerate(models[1:]):
+        own = fold[rows] == number
+        if own.any():
+            logits[own], held[own] = predict(copy, videos, rows[own], view)
+    found = {"logits": logits, "features": features, "held": held[fold[rows] >= 0]}
+    half = {name: value.half() for name, value in found.items()}
+    if lost := [name for name, value in half.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{' and '.join(lost)} of a teacher are not finite, or larger than the 65504 that half "
+            "precision holds"
+        )
+    return half | {"fold": fold[rows].short()}
+
+
+def read_out(
+    models: Sequence[nn.Module],
+    fold: Int[Tensor, " n"],
+    videos: VideoSet,
+    view: View,
+    folder: Path | None = None,
+    progress: str | None = None,
+) -> Readout:
+    """Read a teacher out on every video, part by part; go on where an earlier call stood.
+
+    Args:
+        models: the teacher, then a copy for each fold that was fitted without that fold.
+        fold: of labelled training videos, else -1.
+        videos: the set; all of it is read.
+        view: how clips are taken.
+        folder: where parts are kept; None keeps them in memory.
+        progress: title of the progress bar; None hides it.
+
+    Raises:
+        ValueError: an output that half precision does not hold.
+    """
+    stamp, parts = stamp_of(models, videos, view), []
+    every = torch.arange(len(videos.splits)).split(PART)
+    for n, rows in enumerate(tqdm(every, desc=progress, disable=progress is None, leave=False)):
+        file = folder and folder / f"{n:05d}.safetensors"
+        kept = distributed.agreed(file is not None and meta_of(file).get("stamp") == stamp)
+        part = None if kept else _part(models, fold, videos, rows, view)
+        if file is not None:
+            if part and distributed.first():
+                save_tensors(file, part, stamp=stamp)
+            distributed.agreed(None)  # all read what the first one has written
+            part = load_tensors(file)
+        parts.append(part)
+    train = videos.rows("train")
+    logits = Readout(parts).at("logits", train)
+    readout = Readout(parts, calibration_temperature(logits, videos.labels[train]))
+    if folder and distributed.first():
+        save_readout(folder, readout, videos, view, stamp)
+    return readout
+
+
+def save_readout(folder: Path, readout: Readout, videos: VideoSet, view: View, stamp: str) -> None:
+    """Write ``index.json``, and the parts that are not there."""
+    for n, part in enumerate(readout.parts):
+        file = folder / f"{n:05d}.safetensors"
+        if meta_of(file).get("stamp") != stamp:
+            save_tensors(file, part, stamp=stamp)
+    index = {"version": VERSION, "part": PART, "parts": len(readout.parts), "stamp": stamp}
+    index |= {"videos": videos.fingerprint, "view": view, "temperature": readout.temperature}
+    save_json(folder / "index.json", index)
+
+
+def is_read_out(folder: Path) -> bool:
+    """Return whether nothing is missing of what :func:`read_out` has kept."""
+    index = folder / "index.json"
+    if not index.exists():
+        return False
+    return all((folder / f"{n:05d}.safetensors").exists() for n in range(load_json(index)["parts"]))
+
+
+def open_readout(folder: Path, videos: VideoSet, view: View) -> Readout:
+    """Open what :func:`read_out` has kept.
+
+    Raises:
+        UserError: it is missing or damaged, or of other videos or another view.
+    """
+    index = load_json(folder / "index.json")
+    wanted = {"version": VERSION, "part": PART, "videos": videos.fingerprint}
+    wanted |= {"stride": view.stride, "length": view.length, "clips": view.clips}
+    found = index | index.get("view", {})
+    if differing := [name for name, value in wanted.items() if value != found.get(name)]:
+        raise UserError(
+            f"{folder}: is of another set ({', '.join(differing)} differ); delete it to have that "
+            "teacher made again"
+        )
+    files = [folder / f"{n:05d}.safetensors" for n in range(index["parts"])]
+    parts = [load_tensors(file) for file in files]
+    if other := [file.name for file in files if meta_of(file).get("stamp") != index["stamp"]]:
+        raise UserError(
+            f"{folder}: {', '.join(other)} of another teacher; delete it to have it made again"
+        )
+    return Readout(parts, index["temperature"])
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What K frozen teachers say of every video of a set; rows are videos.
+
+    Attributes:
+        teachers: their names.
+        readouts: what each said, by clip.
+        logits: ``[n, k, c]`` calibrated means over clips.
+        labels: ``[n]`` of the labelled training part, else -1: no other label is passed on.
+        fold: ``[n]`` cross-fitting fold of a labelled video, else -1.
+        dealt: ``[n]`` the video that row i is told of, where shuffled.
+    """
 
     teachers: tuple[str, ...]
-    logits: Float[Tensor, "n k c"]  # divided by each teacher's calibration temperature
-    features: list[Float[Tensor, "n d"]]
-    held_features: list[Float[Tensor, "n d"]]  # out of fold on labelled videos, and else the same
-    labels: Tensor  # (n,) labels of the labelled training part, else -1
-    fold: Tensor  # (n,) cross-fitting fold of a labelled video, else -1
-    temperatures: Float[Tensor, " k"] | None = None  # what logits by clip are divided by
-    clips: tuple[ClipOutputs, ...] = ()  # of each teacher, where a student is taught clip by clip
-    dealt: Tensor | None = None  # (n,) whose knowledge row i is, where shuffled
+    readouts: tuple[Readout, ...]
+    logits: Float[Tensor, "n k c"]
+    labels: Int[Tensor, " n"]
+    fold: Int[Tensor, " n"]
+    dealt: Int[Tensor, " n"] | None = None
+
+    @property
+    def dims(self) -> list[int]:
+        """Sizes of the teachers' features."""
+        return [readout.parts[0]["features"].shape[-1] for readout in self.readouts]
 
     def probs(self, temperature: float = 1.0) -> Float[Tensor, "n k c"]:
+        """Return ``softmax(logits / temperature)``."""
         return torch.softmax(self.logits / temperature, dim=-1)
 
-    def said(self, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b k c"]:
-        """Calibrated logits on these videos, or on one clip of each."""
+    def logits_at(self, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b k c"]:
+        """Return calibrated logits of these videos, or of clip ``clips[i]`` of each."""
         if clips is None:
             return self.logits[rows]
-        logits = [teacher.at("logits", self._of(rows), clips) for teacher in self.clips]
-        return torch.stack(logits, 1) / self.temperatures[:, None]
+        told = self._told(rows)
+        each = [r.at("logits", told, clips) / r.temperature for r in self.readouts]
+        return torch.stack(each, 1)
 
-    def shown(
+    def features_at(
         self, rows: Tensor, clips: Tensor | None = None, *, held: bool = False
-    ) -> list[Float[Tensor, "b d"]]:
-        """Features of these videos, or of one clip of each; with ``held`` those out of fold."""
-        if clips is None:
-            return [f[self._of(rows)] for f in (self.held_features if held else self.features)]
-        return [teacher.at("features", self._of(rows), clips) for teacher in self.clips]
+    ) -> list[Float[Tensor, "b _"]]:
+        """Return features of these videos, or of one clip of each; with ``held`` out of fold."""
+        name, told = "held" if held else "features", self._told(rows)
+        return [readout.at(name, told, clips) for readout in self.readouts]
 
-    def _of(self, rows: Tensor) -> Tensor:
+    def _told(self, rows: Tensor) -> Tensor:
         return rows if self.dealt is None else self.dealt[rows]
 
-    def shuffled(self, rows: Tensor, seed: int) -> Knowledge:
-        """The control: what is known of the clips in ``rows``, dealt to the wrong ones of them."""
+    def shuffled(self, rows: Tensor, seed: int) -> Bank:
+        """Return the control: what is known of the videos in ``rows``, dealt to wrong ones."""
         order = torch.arange(len(self.labels))
         order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
-        return replace(
-            self, logits=self.logits[order], dealt=self._of(order)
-        )  # features stay where they are: in files
+        return replace(self, logits=self.logits[order], dealt=self._told(order))
 
-    def best_teacher(self) -> str:
-        """The one most often right out of fold on the labelled clips: a choice that needs no test labels."""
+    def best_teacher(self) -> int:
+        """Return which teacher is most often right out of fold: a choice without test labels."""
         known = self.labels >= 0
         right = (self.logits[known].argmax(-1) == self.labels[known, None]).float().mean(0)
-        return self.teachers[int(right.argmax())]
+        return int(right.argmax())
 
 
-def gather(
-    outputs: dict[str, TeacherOutputs], videos: VideoSet, clips: tuple[ClipOutputs, ...] = ()
-) -> Knowledge:
-    """Stacks the teachers' outputs, and by clip if need be. Labels outside the labelled training part are not passed on."""
+def gather(readouts: dict[str, Readout], videos: VideoSet) -> Bank:
+    """Return the bank of these teachers, by name."""
+    every = torch.arange(len(videos.splits))
     known = torch.tensor([split == "train" for split in videos.splits])
-    return Knowledge(
-        teachers=tuple(outputs),
-        logits=torch.stack([o.logits / o.temperature for o in outputs.values()], 1),
-        features=[o.features for o in outputs.values()],
-        held_features=[o.held_features for o in outputs.values()],
+    logits = [r.at("logits", every) / r.temperature for r in readouts.values()]
+    return Bank(
+        teachers=tuple(readouts),
+        readouts=tuple(readouts.values()),
+        logits=torch.stack(logits, 1),
         labels=torch.where(known, videos.labels, -1),
-        fold=next(iter(outputs.values())).fold,
-        temperatures=torch.stack([o.temperature for o in outputs.values()]),
-        clips=clips,
+        fold=next(iter(readouts.values())).fold,
     )
-
-
-def ground_cost(knowledge: Knowledge, shrink: float) -> Float[Tensor, "c c"]:
-    """Distances between class means of the teachers' out-of-fold logits, averaged over teachers.
-
-    ``shrink`` is the share of the 0/1 cost mixed in: 0 only the teachers', 1 only the 0/1 cost.
-    """
-    known, classes = knowledge.labels >= 0, knowledge.logits.shape[-1]
-    # A teacher that says the same of every clip has no opinion on how far apart classes are.
-    per_teacher = [z for z in knowledge.logits[known].unbind(1) if float(z.std(0).max()) > 1e-6]
-    costs = [cost_from_means(z, knowledge.labels[known], classes) for z in per_teacher] or [
-        zero_one_cost(classes)
-    ]
-    learned = average_costs(costs)
-    return normalise_cost(learned, shrink=shrink)
-
-
-def build_graphs(
-    knowledge: Knowledge, student_dim: int, rows: Tensor, cfg: Distillation
-) -> tuple[LogitsGraph, RepresentationGraph]:
-    """Both graphs over the teachers; ``rows`` (the training videos) set the feature scales."""
-    logits_graph = LogitsGraph(
-        knowledge.teachers,
-        ground_cost(knowledge, cfg.cost_shrink),
-        eps=cfg.eps,
-        beta=cfg.beta,
-        temperature=cfg.temperature,
-        tol=1e-4,
-    )
-    dims = [f.shape[1] for f in knowledge.features]
-    representation_graph = RepresentationGraph(
-        knowledge.teachers, dims, student_dim, distance=cfg.distance
-    )
-    some = rows[:: 1 + len(rows) // 10_000]  # features may be larger than memory
-    representation_graph.fit_scalers(knowledge.shown(some))
-    return logits_graph, representation_graph

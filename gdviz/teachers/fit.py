@@ -1,205 +1,171 @@
-"""Teachers: pre-trained on a self-supervised task, fitted on the labelled part with cross-fitting, then frozen."""
+"""Teachers: pre-trained on a self-supervised task, fitted on the labelled part, then frozen."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gdviz.config import Schedule, Teachers, View
-from gdviz.core import distributed as ranks
+from gdviz.core import distributed
+from gdviz.core.files import UserError
 from gdviz.core.loop import Bookkeeping, train
 from gdviz.data.clips import augment, to_float
 from gdviz.data.videos import VideoSet
-from gdviz.teachers.backbones import Backbone, Classifier, build_backbone
-from gdviz.teachers.own import TappedClassifier, own_teacher
-from gdviz.teachers.pretext import TASKS
-from gdviz.teachers.readout import device_of, predict, read_out, stamp_of
-
-
-@dataclass(frozen=True)
-class TeacherOutputs:
-    """What distillation needs to know of a frozen teacher, for every video of the set.
-
-    Labelled training videos have *out-of-fold* logits and ``held_features``: those of a copy of the
-    teacher that was fitted without that video's fold. ``features`` are all the teacher's own, because
-    those of different copies live in different spaces.
-    """
-
-    logits: Float[Tensor, "n c"]
-    features: Float[Tensor, "n d"]
-    held_features: Float[Tensor, "n d"]
-    fold: Tensor  # (n,) fold of a labelled training video, else -1
-    temperature: Tensor  # () calibration temperature
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(vars(self))
+from gdviz.teachers.backbones import Backbone, build_backbone
+from gdviz.teachers.bank import Readout, device_of, predict, read_out
+from gdviz.teachers.own import OwnBackbone, build_classifier, find_source
 
 
 def pretrain(
-    task_name: str,
+    name: str,
     cfg: Teachers,
     view: View,
     videos: VideoSet,
     *,
     seed: int,
     device: str = "cpu",
-    **bookkeeping: Unpack[Bookkeeping],
+    keep: Bookkeeping = Bookkeeping(),
 ) -> tuple[Backbone, nn.Module, list[dict[str, float]]]:
-    """Trains a backbone on a pretext task over all training videos, labels unseen.
+    """Train a backbone on a pretext task over all training videos; labels stay unseen.
+
+    Args:
+        name: of a pretext task, or MODULE:NAME of your own.
+        cfg: backbone and schedule (``cfg.pretrain``).
+        view: the teacher's view.
+        videos: the set.
+        seed: of initialisation, batches and views.
+        device: where to train.
+        keep: checkpoint, progress bar and TensorBoard folder.
 
     Returns:
-        The backbone, the task with its head, and the history.
+        The backbone, the task with its head, and one row of logged means an epoch.
 
     Raises:
-        ValueError: unknown task or backbone.
+        UserError: no such task or backbone.
     """
-    if task_name not in TASKS:
-        raise ValueError(f"unknown pretext task {task_name!r}: choose from {', '.join(TASKS)}")
+    source = find_source(name)
+    if isinstance(source, OwnBackbone):
+        raise UserError(f"{name}: is a network that is trained already; fit it, or name a task")
     torch.manual_seed(seed)
     backbone = build_backbone(cfg.backbone)
-    task = TASKS[task_name](backbone.dim, view.length, view.stride)
+    task = source(backbone.dim, view.length, view.stride)
     both = nn.ModuleDict({"backbone": backbone, "task": task}).to(device)
 
-    def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        with ranks.dealt(rng):
-            inputs, target = task.views(to_float(videos.batch(ranks.deal(rows)).to(device)), rng)
+    def step(rows: Tensor, rng: Generator, epoch: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        clips = to_float(videos.batch(distributed.deal(rows)).to(device))
+        inputs, target = task.views(clips, distributed.own_generator(rng))
         loss, metric = task(backbone, inputs, target)
         return loss, {task.metric: metric}
 
-    rows = videos.training_rows
-    history = train(both, step, rows, cfg.pretrain, seed=seed, **bookkeeping)
+    rows, schedule = videos.training_rows, cfg.pretrain
+    history = train(both, step, rows, schedule, seed=seed, compiled=[backbone.trunk], keep=keep)
     return backbone, task, history
 
 
-def build_teacher(name: str, cfg: Teachers, classes: int) -> Classifier | TappedClassifier:
-    """A teacher as it is before any training: a pretext task's, or MODULE:FUNCTION's (:func:`gdviz.teachers.own.own_teacher`)."""
-    backbone = own_teacher(name) if ":" in name else build_backbone(cfg.backbone)
-    return backbone if isinstance(backbone, TappedClassifier) else Classifier(backbone, classes)
-
-
 def fit(
-    backbone: Backbone | TappedClassifier,
+    backbone: Backbone,
     videos: VideoSet,
-    rows: Tensor,
+    rows: Int[Tensor, " n"],
     view: View,
     schedule: Schedule,
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Classifier | TappedClassifier:
-    """Fine-tunes a copy of ``backbone`` with a new linear layer on the labelled ``rows``; one that has its classes stays as it is.
+) -> nn.Module:
+    """Fine-tune a copy of ``backbone`` with a new linear head on the labelled ``rows``.
+
+    A network that answers in the data's classes already stays as it is.
 
     Raises:
-        ValueError: such a one answers in another number of classes.
+        UserError: such a network answers in another number of classes.
     """
-    if isinstance(backbone, TappedClassifier):
-        answers = predict(backbone, videos, rows[:1], view)[0].shape[1]
-        if answers != len(videos.label_names):
-            raise ValueError(
-                f"logits={backbone.logits!r}: {answers} classes, but the data has {len(videos.label_names)}; tap features only"
+    classes = len(videos.label_names)
+    if isinstance(backbone, OwnBackbone) and backbone.fitted:
+        answers = predict(backbone, videos, rows[:1], view)[0].shape[-1]
+        if answers != classes:
+            raise UserError(
+                f"this teacher answers in {answers} classes, but the data has {classes}; "
+                "read its features only"
             )
         return backbone
     torch.manual_seed(seed)
     device = device_of(backbone)
-    model = Classifier(copy.deepcopy(backbone), len(videos.label_names)).to(device)
+    model = build_classifier(copy.deepcopy(backbone), classes).to(device)
 
-    def step(rows: Tensor, rng: Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        own = ranks.deal(rows)
-        with ranks.dealt(rng):
-            clips = augment(
-                to_float(videos.clips(own, view.length, view.stride, rng).to(device)).transpose(
-                    1, 2
-                ),
-                rng,
-            )
-        return cross_entropy(model(clips)[0], videos.labels[own].to(device)), {}
+    def step(rows: Tensor, rng: Generator, epoch: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+        own, rng = distributed.deal(rows), distributed.own_generator(rng)
+        clips = to_float(videos.clips(own, view.length, view.stride, rng).to(device))
+        logits, _ = model(augment(clips.transpose(1, 2), rng))
+        return cross_entropy(logits, videos.labels[own].to(device)), {}
 
-    train(model, step, rows, schedule, seed=seed, checkpoint=checkpoint)
+    keep = Bookkeeping(checkpoint=checkpoint)
+    train(model, step, rows, schedule, seed=seed, compiled=[model.backbone.trunk], keep=keep)
     return model
 
 
-def calibration_temperature(logits: Float[Tensor, "n c"], labels: Tensor) -> Tensor:
-    """The t that minimises the cross-entropy of ``logits / t`` (Guo et al. 2017), from a grid in [0.25, 16]."""
-    grid = torch.logspace(-2, 4, 121, base=2.0)
-    losses = torch.stack([cross_entropy(logits / t, labels) for t in grid])
-    return grid[losses.argmin()]
+def folds_of(labels: Int[Tensor, " n"], groups: list[str], folds: int, seed: int) -> Tensor:
+    """Return the fold of every labelled video; a group stays in one fold, classes are balanced.
 
-
-def folds_of(labels: Tensor, groups: list[str], folds: int, seed: int) -> Tensor:
-    """Fold number of every labelled video; a group stays in one fold, classes are balanced."""
+    Raises:
+        ValueError: a class has one video only, or all videos are of one group.
+    """
     folds = min(folds, int(labels.bincount().min()), len(set(groups)))
     if folds < 2:
         raise ValueError("cross-fitting needs two labelled videos a class, in different groups")
     # When every video is its own group the plain splitter balances classes exactly.
     if len(set(groups)) == len(groups):
-        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+        splitter, by = StratifiedKFold, ()
     else:
-        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(
-            labels, labels, groups
-        )
+        splitter, by = StratifiedGroupKFold, (groups,)
     fold = torch.empty(len(labels), dtype=torch.long)
+    parts = splitter(folds, shuffle=True, random_state=seed).split(labels, labels, *by)
     for number, (_, held) in enumerate(parts):
         fold[torch.from_numpy(held)] = number
     return fold
 
 
-def outputs_of(
-    backbone: Backbone | TappedClassifier,
+def fit_teacher(
+    backbone: Backbone,
     videos: VideoSet,
     cfg: Teachers,
     view: View,
     *,
     seed: int,
     folder: Path | None = None,
-) -> tuple[Classifier | TappedClassifier, TeacherOutputs]:
-    """Fits the teacher's head and reads it out on every clip of every video, labelled ones by cross-fitting.
+) -> tuple[nn.Module, Readout]:
+    """Fit a teacher on the labelled part and read it out on every clip of every video.
 
-    With ``folder``, the fits resume from checkpoints ``fit-*.ckpt`` there, which the caller removes, and outputs
-    by clip stay in its ``clips/`` (:mod:`gdviz.teachers.readout`). Outputs are rounded to half precision, kept or not.
+    For labelled videos a copy answers that was fitted without the video's fold.
+
+    Args:
+        backbone: pre-trained, or a network of your own.
+        videos: the set.
+        cfg: folds and schedule (``cfg.fit``).
+        view: the teacher's view.
+        seed: of folds, heads and batches.
+        folder: where fits resume from ``fit-*.ckpt``, for the caller to remove, and the
+            readout stays in ``bank/``; None keeps it in memory.
     """
-    train_rows = videos.rows("train")
-    labels = videos.labels[train_rows]
+    rows = videos.rows("train")
+    groups = [videos.groups[i] for i in rows]
     fold = torch.full((len(videos.splits),), -1)
-    fold[train_rows] = folds_of(labels, [videos.groups[i] for i in train_rows], cfg.folds, seed)
-    parts = [
-        train_rows,
-        *(train_rows[fold[train_rows] != number] for number in range(int(fold.max()) + 1)),
-    ]
-    model, *without = (
-        fit(
-            backbone,
-            videos,
-            rows,
-            view,
-            cfg.fit,
-            seed=seed,
-            checkpoint=folder and folder / f"fit-{number}.ckpt",
-        )
-        for number, rows in enumerate(parts)
-    )
+    fold[rows] = folds_of(videos.labels[rows], groups, cfg.folds, seed)
+    parts = [rows, *(rows[fold[rows] != number] for number in range(int(fold.max()) + 1))]
+    models = []
+    for number, part in enumerate(parts):
+        checkpoint = folder and folder / f"fit-{number}.ckpt"
+        models.append(fit(backbone, videos, part, view, cfg.fit, seed=seed, checkpoint=checkpoint))
+    return models[0], read_out(models, fold, videos, view, folder and folder / "bank")
 
-    def say(rows: Tensor) -> dict[str, Tensor]:
-        logits, features = predict(model, videos, rows, view, each=True)
-        held = features.clone()
-        for number, judge in enumerate(without):
-            own = fold[rows] == number
-            if own.any():
-                logits[own], held[own] = predict(judge, videos, rows[own], view, each=True)
-        return {"logits": logits, "features": features, "held": held[fold[rows] >= 0]}
 
-    clips = read_out(
-        say, videos, view, folder and folder / "clips", stamp_of([model, *without], videos, view)
-    )
-    logits, features = clips.mean("logits"), clips.mean("features")
-    held_features = features.clone()
-    held_features[fold >= 0] = clips.mean("held")
-    temperature = calibration_temperature(logits[train_rows], labels)
-    return model, TeacherOutputs(logits, features, held_features, fold, temperature)
+def build_teacher(name: str, cfg: Teachers, classes: int) -> nn.Module:
+    """Build a teacher as it is before any training; a network of your own is there already."""
+    source = find_source(name)
+    backbone = source if isinstance(source, OwnBackbone) else build_backbone(cfg.backbone)
+    return build_classifier(backbone, classes)

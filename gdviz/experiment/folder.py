@@ -1,0 +1,188 @@
+"""One run, one folder: where its parts lie, and how they are opened.
+
+    config.json       profile, data and version; a folder of another configuration is refused
+    environment.json  what it ran on; source.json: where its videos are
+    skipped.csv       videos that could not be read, and why
+    seedN/teachers/TASK/    teacher.safetensors, bank/, history.jsonl, result.json
+    seedN/graphs/           graphs.safetensors (both graphs, their edges), result.json
+    seedN/graphs-shuffled/  those of the control
+    seedN/students/METHOD/  student.safetensors, outputs.safetensors, history.jsonl, result.json,
+                            method.safetensors where a method has trained parameters of its own
+    results.csv       one row a teacher and a student: what tables and figures are made of
+    summary.json      sizes, speed, baselines that see no motion
+    figures/
+
+A step is done when its result.json exists; it is written last.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from gdviz.config import Profile
+from gdviz.core.cluster import Cluster
+from gdviz.core.files import UserError, atomic, fingerprint, from_plain, load_json, plain, save_json
+from gdviz.core.loop import Bookkeeping
+from gdviz.core.names import folder_name
+from gdviz.data.videos import VideoSet, load_motion, load_videos
+from gdviz.student.edges import Graphs, open_graphs
+from gdviz.teachers.bank import Bank, gather, open_readout
+
+VERSION = 5  # raise when results change: folders of older code are then refused
+Workers = int | Cluster
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run reads and writes. Picklable: worker processes get a copy."""
+
+    profile: Profile
+    folder: Path
+    data: Path | None = None  # None: the embedded set
+    cache: Path = Path("data")
+    device: str = "cpu"  # auto: what the machine has that does a job
+    tensorboard: bool = False
+
+    @property
+    def where(self) -> str:
+        """The device of this process."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    def videos(self, workers: Workers = 1) -> VideoSet:
+        """Open the run's videos; decode them first if need be."""
+        view, storage = self.profile.view, self.profile.storage
+        if self.data is None:
+            cfg = self.profile.motion
+            return load_motion(cfg, view, self.cache, storage=storage, workers=workers)
+        if isinstance(workers, int):
+            workers = max(2, workers)  # files of others may kill a reader
+        cache = self.cache / "cache"
+        return load_videos(self.data, view, cache, storage=storage, workers=workers)
+
+    def teacher_folder(self, seed: int, task: str) -> Path:
+        return self.folder / f"seed{seed}" / "teachers" / folder_name(task)
+
+    def graphs_folder(self, seed: int, shuffled: bool = False) -> Path:
+        return self.folder / f"seed{seed}" / ("graphs-shuffled" if shuffled else "graphs")
+
+    def student_folder(self, seed: int, method: str) -> Path:
+        return self.folder / f"seed{seed}" / "students" / folder_name(method)
+
+    def keep(self, checkpoint: Path, progress: str | None) -> Bookkeeping:
+        """Return where a training resumes from and what it shows."""
+        board = checkpoint.parent / "tensorboard" if self.tensorboard else None
+        return Bookkeeping(checkpoint, progress, board)
+
+    def bank(self, seed: int, videos: VideoSet, shuffled: bool = False) -> Bank:
+        """Open what the finished teachers of a seed say."""
+        readouts = {
+            task: open_readout(
+                self.teacher_folder(seed, task) / "bank", videos, self.profile.view_of(task)
+            )
+            for task in self.profile.teachers.tasks
+        }
+        bank = gather(readouts, videos)
+        return bank.shuffled(videos.training_rows, seed) if shuffled else bank
+
+    def graphs(self, seed: int, shuffled: bool = False) -> Graphs:
+        """Open both graphs of a seed."""
+        return open_graphs(self.graphs_folder(seed, shuffled) / "graphs.safetensors")
+
+    def results(self) -> pd.DataFrame:
+        """Return one row a finished teacher or student, in the order of the profile."""
+        folders = [
+            folder
+            for seed in self.profile.seeds
+            for folder in (
+                *(self.teacher_folder(seed, task) for task in self.profile.teachers.tasks),
+                *(self.student_folder(seed, method) for method in self.profile.methods),
+            )
+        ]
+        return pd.DataFrame([load_json(f / "result.json") for f in folders if is_done(f)])
+
+
+def is_done(folder: Path, *files: str) -> bool:
+    """Return whether a step has its result, and the files that later steps read."""
+    return all((folder / name).exists() for name in ("result.json", *files))
+
+
+def save_results(path: Path, results: pd.DataFrame) -> None:
+    """Write a table of results as CSV."""
+    with atomic(path) as temporary:
+        results.to_csv(temporary, index=False)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result may depend on: machine and versions."""
+    names = ("gdviz", "torch", "torchvision", "numpy", "scikit-learn")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **{name: version(name) for name in names},
+    }
+
+
+def claim_folder(run: Run, videos: VideoSet | None = None) -> None:
+    """Write config.json, or check that it is this run's; without ``videos`` look only.
+
+    Raises:
+        UserError: the folder holds another run, or something that is not a run.
+    """
+    config = plain({"version": VERSION, "profile": run.profile})
+    if videos:
+        config["data"] = videos.fingerprint
+    file = run.folder / "config.json"
+    if file.exists():
+        old = load_json(file)
+        with suppress(KeyError, TypeError):  # settings that have come since had their defaults
+            old["profile"] = plain(from_plain(Profile, old["profile"]))
+        if differing := sorted(key for key in config if old.get(key) != config[key]):
+            raise UserError(
+                f"--out {run.folder}: holds a run of another configuration "
+                f"({', '.join(differing)} differ); choose another folder"
+            )
+    elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise UserError(f"--out {run.folder}: is not empty and holds no run; choose another folder")
+    elif videos:
+        save_json(file, config)
+
+
+def default_folder(profile: Profile, data: Path | None) -> Path:
+    """Return a folder under ``runs/`` named by data and settings."""
+    return Path("runs") / f"{data.stem if data else 'motion'}-{fingerprint(profile, data)[:8]}"
+
+
+def open_run(folder: Path | str) -> Run:
+    """Open a run's folder for reading.
+
+    Raises:
+        UserError: no run there, or one of another version.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds no run (no config.json)")
+    config = load_json(folder / "config.json")
+    source = load_json(folder / "source.json")
+    try:
+        if config["version"] != VERSION:
+            raise KeyError(f"version {config['version']}, not {VERSION}")
+        profile = from_plain(Profile, config["profile"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: was made by another version of gdviz ({error})") from None
+    data = Path(source["data"]) if source["data"] else None
+    return Run(profile, folder, data, Path(source["cache"]))

@@ -1,0 +1,360 @@
+"""Methods: what a student learns from its teachers, besides the labels. Each is one small class.
+
+Write your own in a file of yours and name it MODULE:NAME wherever a method is asked for
+(docs/own.md). Nothing outside this module knows a method by its name: how a method is called and
+drawn, which clips it takes and whether its teachers are shuffled are fields of its class.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor, nn
+
+from gdviz.config import Distillation
+from gdviz.core.files import UserError
+from gdviz.core.names import resolve
+from gdviz.student import losses
+from gdviz.student.edges import Edges, Graphs
+from gdviz.student.weighting import FOLLOW_STUDENT, POLICIES, Policy
+from gdviz.teachers.bank import Bank
+
+POLICY_LABELS = {
+    "uniform": "uniform average (KD)",
+    "ebkd": "EBKD",
+    "camkd": "CA-MKD",
+    "aekd": "AE-KD",
+    "luo": "Luo et al. (KD)",
+}
+NEGATIVES = 64  # clips that CRD tells a clip from
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is built from: all that is known before the first step."""
+
+    bank: Bank
+    graphs: Graphs
+    cfg: Distillation
+    rows: Int[Tensor, " n"]  # the training videos
+    student_dim: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's clips as the student sees them."""
+
+    rows: Int[Tensor, " b"]  # their videos
+    clips: Int[Tensor, " b"] | None  # which clip of its video each is; None: any
+    logits: Float[Tensor, "b c"]
+    features: Float[Tensor, "b d"]
+    rng: Generator
+
+    def to(self, x: Tensor) -> Tensor:
+        """Return ``x`` on the student's device."""
+        return x.to(self.logits.device)
+
+
+class Method(nn.Module):
+    """A method: parameters that are trained beside the student, and losses.
+
+    Subclass it, or write any module of this shape: ``Method(setting)`` with these fields and
+    ``losses(batch, bank, edges, moment)``.
+    """
+
+    label: ClassVar[str] = ""  # in tables and figures
+    colour: ClassVar[int] = 4  # of the palette; 4 is grey
+    marker: ClassVar[str] = "o"
+    unlabelled: ClassVar[bool] = True  # False: every clip of a step is a labelled one
+    headline: ClassVar[bool] = False  # True: tables compare all others with it
+    shuffled: ClassVar[bool] = False  # True: learns from teachers dealt to wrong clips; must lose
+    terms: ClassVar[tuple[str, ...]] = ()  # names of its losses
+    ramped: ClassVar[tuple[str, ...]] = ()  # those that come in over the first fifth
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.cfg = setting.cfg
+        self.notes: dict[str, str] = {}  # what belongs beside the result
+
+    def scale(self, term: str) -> float:
+        """Return the gradient norm of a loss relative to the cross-entropy's."""
+        return self.cfg.logits_scale
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        """Return named scalars; each is balanced against the cross-entropy of the labels.
+
+        Args:
+            batch: the student's clips, logits and features.
+            bank: what the teachers say.
+            edges: learned weights.
+            moment: which of them is in force.
+        """
+        raise NotImplementedError
+
+    def softened(self, batch: Batch, bank: Bank) -> Float[Tensor, "b k c"]:
+        """Return the teachers' probabilities at the temperature of distillation."""
+        logits = bank.logits_at(batch.rows, batch.clips)
+        return batch.to(torch.softmax(logits / self.cfg.temperature, -1))
+
+
+class LabelsOnly(Method):
+    """Cross-entropy of the labels alone, on as many clips and steps as every other method."""
+
+    label, unlabelled = "labels only", False
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        return {}
+
+
+class ThroughLogitsGraph(Method):
+    """:meth:`gdviz.graphs.LogitsGraph.loss` under the learned edges."""
+
+    label, terms = "logits graph", ("logits",)
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.logits_graph = copy.deepcopy(setting.graphs.logits)
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        weights, consensus = (x[moment, batch.rows] for x in (edges.teachers, edges.consensus))
+        probs = self.softened(batch, bank)
+        loss = self.logits_graph.loss(batch.logits, probs, batch.to(weights), batch.to(consensus))
+        return {"logits": loss}
+
+
+class ThroughRepresentationGraph(Method):
+    """:meth:`gdviz.graphs.RepresentationGraph.loss` under the learned edges, with its adapters."""
+
+    label, terms, ramped = "representation graph", ("repr",), ("repr",)
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.graph = copy.deepcopy(setting.graphs.representation)
+        self.graph.reset_adapters()
+
+    def scale(self, term: str) -> float:
+        return self.cfg.representation_scale if term == "repr" else super().scale(term)
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        features = [batch.to(f) for f in bank.features_at(batch.rows, batch.clips)]
+        consensus, pairs = batch.to(edges.consensus[moment, batch.rows]), edges.pairs[moment]
+        return {"repr": self.graph.loss(batch.features, features, consensus, batch.to(pairs))}
+
+
+class ThroughBothGraphs(ThroughRepresentationGraph):
+    """Both graphs' losses."""
+
+    label, colour, marker, headline = "both graphs", 0, "D", True
+    terms = ("logits", "repr")
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.logits_part = ThroughLogitsGraph(setting)
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        first = self.logits_part.losses(batch, bank, edges, moment)
+        return first | super().losses(batch, bank, edges, moment)
+
+
+class Shuffled(ThroughBothGraphs):
+    """The control: both graphs, with what the teachers say dealt to wrong clips."""
+
+    label, colour, marker, headline = "shuffled teachers (control)", 2, "X", False
+    shuffled = True
+
+
+class PlainKD(Method):
+    """``T^2 mean_n sum_k w_nk KL(p_nk || q_n)``: plain distillation from weighted teachers."""
+
+    terms = ("kd",)
+
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+        """Return the teachers' weights ``[b, k]`` on these clips."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        weights = batch.to(self.weights(batch, bank, edges, moment))
+        probs, temperature = self.softened(batch, bank), self.cfg.temperature
+        return {"kd": losses.kd_loss(batch.logits, probs, weights, temperature)}
+
+
+class KDByLearnedEdges(PlainKD):
+    """Weights are the logits graph's learned edges."""
+
+    label = "learned edges (KD)"
+
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+        return edges.teachers[moment, batch.rows]
+
+
+class KDByPolicy(PlainKD):
+    """Weights are those of a policy, fixed before the training (:mod:`gdviz.student.weighting`)."""
+
+    policy: ClassVar[Policy]
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.fixed = type(self).policy(setting.bank.probs(), setting.bank.labels, None)
+
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+        return self.fixed[batch.rows]
+
+
+class KDByStudent(PlainKD):
+    """Weights follow the student: a policy asked anew in every step."""
+
+    policy: ClassVar[Policy]
+
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+        student = torch.softmax(batch.logits.detach() / self.cfg.temperature, 1)
+        probs = bank.probs(self.cfg.temperature)[batch.rows].to(student)
+        return type(self).policy(probs, batch.to(bank.labels[batch.rows]), student)
+
+
+class KDByOne(PlainKD):
+    """One teacher: the one that is best out of fold, unless ``teacher`` names one."""
+
+    label = "best teacher (KD)"
+    teacher: ClassVar[str | None] = None
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        names = setting.bank.teachers
+        self.one = names.index(self.teacher) if self.teacher else setting.bank.best_teacher()
+        self.notes = {} if self.teacher else {"teacher": names[self.one]}
+
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+        eye = torch.eye(len(bank.teachers))
+        return eye[self.one].expand(len(batch.rows), -1)
+
+
+class FromBest(Method):
+    """A baseline that imitates the teacher that is best out of fold."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.best = setting.bank.best_teacher()
+        self.rows = setting.rows
+
+    def teacher(self, batch: Batch, bank: Bank) -> tuple[Tensor, Tensor]:
+        """Return that teacher's calibrated logits ``[b, c]`` and features ``[b, e]``."""
+        logits = bank.logits_at(batch.rows, batch.clips)[:, self.best]
+        features = bank.features_at(batch.rows, batch.clips)[self.best]
+        return batch.to(logits), batch.to(features)
+
+
+class FitNets(FromBest):
+    """Regress the teacher's features (Romero et al. 2015)."""
+
+    label, terms = "FitNets", ("hint",)
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.regress = nn.Linear(setting.student_dim, setting.bank.dims[self.best])
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        _, features = self.teacher(batch, bank)
+        return {"hint": losses.hint_loss(self.regress(batch.features), features)}
+
+
+class RKD(FromBest):
+    """Keep distances and angles between clips (Park et al. 2019; angles count twice)."""
+
+    label, terms = "RKD", ("rkd",)
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        _, features = self.teacher(batch, bank)
+        distance = losses.relational_distance_loss(batch.features, features)
+        return {"rkd": distance + 2 * losses.relational_angle_loss(batch.features, features)}
+
+
+class CRD(FromBest):
+    """Tell the teacher's features of a clip from those of others (Tian et al. 2020)."""
+
+    label, terms = "CRD", ("crd",)
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        size = setting.bank.dims[self.best]
+        self.student_to, self.teacher_to = (
+            nn.Linear(setting.student_dim, size),
+            nn.Linear(size, size),
+        )
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        _, features = self.teacher(batch, bank)
+        rows, count = self.rows, min(NEGATIVES, len(self.rows) - 1)
+        at = torch.randint(len(rows), (len(batch.rows), count), generator=batch.rng)
+        at = (at + (rows[at] == batch.rows[:, None])) % len(rows)  # never the clip itself
+        others = batch.to(bank.features_at(rows[at].flatten())[self.best]).unflatten(0, at.shape)
+        own = self.student_to(batch.features), self.teacher_to(features)
+        return {"crd": losses.contrastive_loss(*own, self.teacher_to(others), len(rows))}
+
+
+class DKD(FromBest):
+    """Decoupled distillation (Zhao et al. 2022); the teacher's class where no label is known."""
+
+    label, terms = "DKD", ("dkd",)
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        logits, _ = self.teacher(batch, bank)
+        known = batch.to(bank.labels[batch.rows])
+        labels = torch.where(known >= 0, known, logits.argmax(1))
+        loss = losses.decoupled_kd_loss(batch.logits, logits, labels, self.cfg.temperature)
+        return {"dkd": loss}
+
+
+class DIST(FromBest):
+    """Keep correlations within and between classes (Huang et al. 2022)."""
+
+    label, terms = "DIST", ("dist",)
+
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        logits, _ = self.teacher(batch, bank)
+        return {"dist": losses.dist_loss(batch.logits, logits, self.cfg.temperature)}
+
+
+def _by_policy(name: str, policy: Policy) -> type[Method]:
+    base = KDByStudent if name in FOLLOW_STUDENT else KDByPolicy
+    label = POLICY_LABELS.get(name, f"{name} (KD)")
+    return type(f"KD_{name}", (base,), {"label": label, "policy": staticmethod(policy)})
+
+
+METHODS: dict[str, type[Method]] = {
+    "labels": LabelsOnly,
+    "kd-best": KDByOne,
+    "kd-learned": KDByLearnedEdges,
+    **{f"kd-{name}": _by_policy(name, policy) for name, policy in POLICIES.items()},
+    "fitnets": FitNets,
+    "rkd": RKD,
+    "crd": CRD,
+    "dkd": DKD,
+    "dist": DIST,
+    "logits-graph": ThroughLogitsGraph,
+    "representation-graph": ThroughRepresentationGraph,
+    "both-graphs": ThroughBothGraphs,
+    "both-shuffled": Shuffled,
+}
+
+
+def find_method(name: str, teachers: Sequence[str]) -> type[Method]:
+    """Return a method's class: of ``METHODS``, ``kd-TEACHER``, or MODULE:NAME of your own.
+
+    Raises:
+        UserError: no such method, or the object of that name is none.
+    """
+    single = {
+        f"kd-{t}": type("KDFromOne", (KDByOne,), {"label": f"{t} (KD)", "teacher": t})
+        for t in teachers
+    }
+    method = resolve(name, METHODS | single, "method")
+    if not (isinstance(method, type) and callable(getattr(method, "losses", None))):
+        raise UserError(
+            f"{name}: is no method; name a class with losses(batch, bank, edges, moment)"
+        )
+    return method
