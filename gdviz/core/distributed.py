@@ -1,107 +1,101 @@
-"""Ranks: the processes that ``torchrun`` or ``accelerate launch`` starts, which train one network together.
+"""The processes that ``torchrun`` starts, which train one network together.
 
-A batch is dealt out like cards: rank r of w takes clips r, r + w, r + 2w, ... What a pretext task does
-with the first half of a batch it then does with the first half of every part, and :func:`gather` has
-the order of the batch back. With one process every function here changes nothing.
+A batch is dealt out like cards: rank r of w takes clips r, r + w, r + 2w, ... What a pretext task
+does with the first half of a batch it then does with the first half of every part, and
+:func:`gather` restores the order of the batch. With one process nothing here changes anything.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from jaxtyping import Float
-from torch import Generator, Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Generator, Tensor, nn
 
 from gdviz.core.files import UserError
 
-T = TypeVar("T")
-
 
 def start(*, cpu: bool) -> None:
-    """Meets the other ranks, if there are any; on a GPU this process takes the one of its number."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Others wait while the first one reads videos; that a rank has died is for the launcher to see.
-        PartialState(cpu=cpu, timeout=timedelta(days=1))
-        atexit.register(_part)
+    """Meet the other ranks, if there are any; on GPUs this process takes the one of its number."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    # Imported later, by optimisers, its default arguments would keep the group alive for ever.
+    import torch.distributed.nn.functional
 
-
-def _part() -> None:
-    """A process that ends with its group alive may be aborted by gloo's threads: one in two was, on a busy machine."""
-    if (
-        dist.is_initialized() and dist.get_backend() == "gloo"
-    ):  # NCCL's end may wait for ranks that wait for this one
-        dist.destroy_process_group()
+    if not cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Ranks wait while the first one reads videos; the launcher notices when one has died.
+    dist.init_process_group("gloo" if cpu else "nccl", timeout=timedelta(days=1))
+    if cpu:
+        # A process that ends with its group alive may be aborted by gloo's threads: one in two was.
+        # The end of NCCL may wait for ranks that wait for this one.
+        atexit.register(dist.destroy_process_group)
 
 
 def world() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this rank, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def first() -> bool:
-    """The rank that writes files and shows progress."""
+    """Return whether this is the rank that writes files and shows progress."""
     return rank() == 0
 
 
-def agreed(value: T) -> T:
-    """What the first rank says; the others wait for it."""
-    said = [value]
+def agreed(value: Any) -> Any:
+    """Return the first rank's value, which the others wait for."""
+    values = [value]
     if world() > 1:
-        dist.broadcast_object_list(said)
-    return said[0]
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def collect(value: Any) -> list[Any]:
+    """Return the values of all ranks."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def synchronise(module: nn.Module) -> None:
+    """Give every rank the first one's parameters and buffers."""
+    if world() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
 
 
 def deal(rows: Tensor) -> Tensor:
-    """This rank's part of a batch.
+    """Return this rank's part of a batch.
 
     Raises:
-        UserError: the parts would differ in size, and their mean losses would not average to the batch's.
+        UserError: parts would differ in size; their mean losses would not average to the batch's.
     """
     if len(rows) % world():
-        raise UserError(
-            f"{len(rows)} clips cannot be dealt out evenly to {world()} processes; choose another batch or number of processes"
-        )
+        problem = f"{len(rows)} clips cannot be dealt out evenly to {world()} processes"
+        raise UserError(f"{problem}; choose another batch or number of processes")
     return rows[rank() :: world()]
 
 
-class _Dealt(TorchFunctionMode):
-    """Random draws for this rank's clips (first axis) are this rank's part of the draws for all clips."""
-
-    def __init__(self, rng: Generator) -> None:
-        super().__init__()
-        self.rng = rng
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if (
-            func not in (torch.rand, torch.randn, torch.randint)
-            or kwargs.get("generator") is not self.rng
-        ):
-            return func(*args, **kwargs)
-        *bounds, size = args if isinstance(args[-1], tuple) else (args,)
-        return func(*bounds, (size[0] * world(), *size[1:]), **kwargs)[rank() :: world()]
-
-
-def dealt(rng: Generator) -> AbstractContextManager[Any]:
-    """Within, views of this rank's clips draw from ``rng`` what one process would have drawn for them in the whole batch."""
-    return _Dealt(rng) if world() > 1 else nullcontext()
+def own_generator(rng: Generator) -> Generator:
+    """Return a generator of this rank; it is seeded by ``rng``, which stays alike on all ranks."""
+    if world() == 1:
+        return rng
+    return Generator().manual_seed(int(torch.randint(2**31, (), generator=rng)) + rank())
 
 
 class _Gather(torch.autograd.Function):
-    """``torch.distributed.nn.functional.all_gather``, which newer PyTorch is about to drop, on every backend."""
+    """Do as ``torch.distributed.nn.functional.all_gather``, which newer PyTorch deprecates."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -117,17 +111,34 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Float[Tensor, "part ..."]) -> Float[Tensor, "batch ..."]:
-    """All parts of a batch in its order, differentiable: the gradient of a part is the sum of what all ranks say of it.
+    """Return the batch in its order; the gradient of a part is the sum of all ranks' gradients.
 
-    A loss of the whole batch that every rank computes is thus counted once a rank; the average over
-    ranks that data parallelism takes of gradients afterwards makes it once again.
+    A loss of the batch, which every rank computes, then counts once a rank, and once in all after
+    :func:`average_gradients`.
     """
     return _Gather.apply(x) if world() > 1 else x
 
 
+def average_gradients(module: nn.Module) -> None:
+    """Replace gradients by their means over ranks; where only some have one, others count as 0."""
+    if world() == 1:
+        return
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for dtype in dict.fromkeys(p.dtype for p in trained):
+        parameters = [p for p in trained if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        present = grads[0].new_tensor([p.grad is not None for p in parameters])
+        flat = torch.cat([grad.flatten() for grad in (*grads, present)]) / world()
+        dist.all_reduce(flat)
+        *averages, shares = flat.split([p.numel() for p in parameters] + [len(parameters)])
+        for parameter, average, share in zip(parameters, averages, shares, strict=True):
+            if parameter.grad is not None or share > 0:
+                parameter.grad = average.view_as(parameter)
+
+
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Numbers of this rank, averaged over ranks."""
-    if world() == 1 or not values:
+    """Return numbers averaged over ranks."""
+    if world() == 1:
         return values
     numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(numbers)
@@ -135,14 +146,14 @@ def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
 
 
 class Notice:
-    """Largest number that a rank has told, known to all one call later: to wait for it would let a GPU run dry."""
+    """Returns the largest number that a rank gave at the call before: to wait would idle a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pending = device, None
 
-    def __call__(self, told: int) -> int:
+    def __call__(self, number: int) -> int:
         if world() == 1:
-            return told
-        known, self.pending = self.pending, torch.tensor(told, device=self.device)
+            return number
+        known, self.pending = self.pending, torch.tensor(number, device=self.device)
         dist.all_reduce(self.pending, dist.ReduceOp.MAX)
         return 0 if known is None else int(known)

@@ -1,15 +1,15 @@
-"""Files that are either whole or absent: atomic writes, fingerprints, JSONL, safe tensors."""
+"""Files that are either whole or absent: atomic writes, fingerprints, JSON, safe tensors."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as one line, without a traceback."""
+    """A mistake that the user can mend: printed as one line, without a traceback."""
 
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary sibling of ``path`` and renames it into place on success.
+    """Yield a temporary sibling of ``path`` and rename it into place on success.
 
     A reader, a crash or a full disk therefore never meets a half-written file.
 
@@ -33,7 +33,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
         UserError: the disk refused the write; ``path`` is left as it was.
     """
     path = Path(path)
-    # Keeps two workers that write the same artefact apart.
+    # Two workers that write the same file stay apart.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,18 +42,17 @@ def atomic(path: Path | str) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {path}: {error}; free some space or choose another folder"
-        ) from error
+        advice = "free some space or choose another folder"
+        raise UserError(f"cannot write {path}: {error}; {advice}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as what JSON knows."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    """Return dataclasses, paths and tuples as what JSON knows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -62,21 +61,17 @@ def plain(value: Any) -> Any:
 
 
 def from_plain(kind: type, value: dict[str, Any]) -> Any:
-    """The dataclass that ``plain`` made ``value`` of; lists become tuples."""
-    types = get_type_hints(kind)
-    known = {
-        name: from_plain(types[name], v)
-        if dataclasses.is_dataclass(types[name])
-        else tuple(v)
-        if isinstance(v, list)
-        else v
-        for name, v in value.items()
-    }
+    """Return the dataclass that :func:`plain` made ``value`` of; lists become tuples."""
+    types, known = get_type_hints(kind), {}
+    for name, v in value.items():
+        if is_dataclass(types[name]):
+            v = from_plain(types[name], v)
+        known[name] = tuple(v) if isinstance(v, list) else v
     return kind(**known)
 
 
 def fingerprint(*values: Any) -> str:
-    """Sixteen hexadecimal digits that change when any of ``values`` does."""
+    """Return sixteen hexadecimal digits that change when any of ``values`` does."""
     text = json.dumps([plain(v) for v in values], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -96,18 +91,27 @@ def save_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
         temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows))
 
 
-def load_json(path: Path | str) -> Any:
-    """Raises UserError when the file is missing or is not JSON."""
+def _load(path: Path | str, parse: Callable[[str], Any]) -> Any:
     try:
-        return json.loads(Path(path).read_text())
+        return parse(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:  # no JSON, or no text at all
         raise UserError(f"{path} is not JSON ({error}); delete it to have it made again") from None
 
 
+def load_json(path: Path | str) -> Any:
+    """Raise UserError when the file is missing or is not JSON."""
+    return _load(path, json.loads)
+
+
+def load_jsonl(path: Path | str) -> list[dict[str, Any]]:
+    """Raise UserError when the file is missing or a line of it is not JSON."""
+    return _load(path, lambda text: [json.loads(line) for line in text.splitlines()])
+
+
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> None:
-    """Tensors and a JSON description in one safetensors file."""
+    """Write tensors and a JSON description as one safetensors file."""
     flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     seen: set[int] = set()
     for key, value in flat.items():  # tied weights share memory, which the format refuses
@@ -119,7 +123,7 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> N
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Raises UserError when the file is missing or damaged."""
+    """Raise UserError when the file is missing or damaged."""
     try:
         return load_file(path)
     except OSError as error:
@@ -129,9 +133,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
 
 
 def meta_of(path: Path | str) -> dict[str, Any]:
-    """The description that :func:`save_tensors` wrote; {} where there is no such file."""
-    if not Path(path).exists():
-        return {}
+    """Return the description that :func:`save_tensors` wrote; {} where there is no such file."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("meta", "{}"))
@@ -140,7 +142,7 @@ def meta_of(path: Path | str) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
-    """Module and optimiser state, nested as PyTorch nests it, after its SHA-256; read back with ``weights_only``."""
+    """Write states of modules and optimisers, nested as PyTorch nests them, after a SHA-256."""
     content = io.BytesIO()
     torch.save(state, content)
     with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -149,18 +151,14 @@ def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Raises UserError when the file is damaged or not one of :func:`save_checkpoint`; never unpickles code."""
+    """Read what :func:`save_checkpoint` wrote; raise UserError else. Never unpickles code."""
     try:
         content = Path(path).read_bytes()
         if hashlib.sha256(content[32:]).digest() != content[:32]:
             raise ValueError("wrong checksum")
         return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (
-            str(error).splitlines()[0]
-            if isinstance(error, OSError | ValueError)
-            else type(error).__name__
-        )
-        raise UserError(
-            f"{path} is damaged, or no checkpoint ({reason}); delete it to start that step again"
-        ) from None
+        told = isinstance(error, OSError | ValueError)
+        reason = str(error).splitlines()[0] if told else type(error).__name__
+        problem = f"{path} is damaged, or no checkpoint ({reason})"
+        raise UserError(f"{problem}; delete it to start that step again") from None

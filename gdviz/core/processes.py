@@ -1,4 +1,4 @@
-"""Jobs over processes of one thread each, with progress: the one way this package uses several cores, or machines."""
+"""Jobs over processes of one thread each, with a progress bar: the one way to use several cores."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import os
 import signal
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from math import inf
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from threading import Thread, current_thread, main_thread
+from multiprocessing.pool import ThreadPool
+from threading import Lock, Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from gdviz.core.files import UserError
+PATIENCE_S = 20.0  # for children that were asked to end: a training saves first
+_STARTING = Lock()  # multiprocessing keeps one list of children for all threads
 
-PATIENCE_S = 20.0
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+Work = Callable[..., Any]
+Job = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands where the result of a job would: its worker died or was stopped."""
+    """Stands where the result of a job would, whose process died or was stopped."""
 
     reason: str
     died: bool = False
@@ -41,33 +41,34 @@ class WorkerDied(Exception):
 class Stopped(KeyboardInterrupt):
     """The user (Ctrl-C) or the cluster (SIGTERM) wants an end; what was done is saved."""
 
-    def __init__(self, signum: int, *_: Any) -> None:
+    def __init__(self, signum: int) -> None:
         self.signum = signum
 
 
 @contextmanager
 def stops_noted() -> Iterator[Callable[[], int]]:
-    """Within, SIGTERM and Ctrl-C are noted only, for the caller to ask for and to stop where it can go on; a second one acts at once."""
-    noted, before = 0, {}
+    """Note SIGTERM and Ctrl-C instead of obeying; yield a function that returns the signal, or 0.
+
+    The caller asks it wherever it could stop and go on later. A second signal acts at once.
+    """
+    noted = 0
 
     def note(signum: int, *_: Any) -> None:
         nonlocal noted
         noted = signum
-        signal.signal(signum, before.pop(signum))
+        signal.signal(signum, before[signum])
 
-    if current_thread() is main_thread():
-        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        before = {
-            s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)
-        }
-        for signum in before:
-            signal.signal(signum, note)
+    signals = (signal.SIGTERM, signal.SIGINT) if current_thread() is main_thread() else ()
+    before = {signum: signal.getsignal(signum) for signum in signals}
+    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, note)
     try:
         yield lambda: noted
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if noted:  # after the last time that it was asked for
+    if noted:  # after the caller asked for the last time
         signal.raise_signal(noted)
 
 
@@ -76,15 +77,15 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _serve(pipe: Connection, work: Callable[..., Any]) -> None:
-    """Answers jobs with (error, result) until the other end closes; the first answer says that it is ready."""
+def _serve(pipe: Connection, work: Work) -> None:
+    """Answer jobs with (error, result) until the other end closes; the first answer is "ready"."""
     # A killed parent cannot stop its children; they would work on, beside its successor's.
     Thread(target=_die_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's concern, which stops its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent obeys it, and stops its children
     torch.set_num_threads(1)
-    # Transport potentials of unlikely classes are denormal numbers, a hundred times slower than others.
+    # Transport potentials of unlikely classes are denormal numbers, a hundred times slower.
     torch.set_flush_denormal(True)
-    answer = None, None
+    answer = None, "ready"
     with suppress(EOFError, ConnectionError, Stopped):
         while True:
             pipe.send(answer)
@@ -92,218 +93,172 @@ def _serve(pipe: Connection, work: Callable[..., Any]) -> None:
             try:
                 answer = None, work(*job)
             except Exception as error:
-                error.add_note(traceback.format_exc())  # tracebacks themselves cannot be sent
+                error.add_note(traceback.format_exc())  # a traceback itself cannot be sent
                 answer = error, None
 
 
-def _context() -> Any:
-    """A server that has imported what this process uses forks workers in milliseconds: one that was killed is soon replaced."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", *(name for name in sys.modules if name.startswith("gdviz."))]
-    )
-    return context
+class _Child:
+    """A process that does one job at a time; it shares nothing, so its death blocks nobody."""
 
-
-# Not pebble's ProcessPool: what it knows of a job that was begun comes through a queue that its workers share. Of 150 jobs that
-# killed their worker at once, 9 were never reported (so that a training would wait for ever), and 3 of 100 took the pool with them.
-class _Worker:
-    """A process with a pipe of its own and one job at most: nothing is shared, so its death blocks nobody."""
-
-    def __init__(self, work: Callable[..., Any]) -> None:
-        context = _context()
+    def __init__(self, work: Work) -> None:
+        context = get_context("spawn")
+        if "forkserver" in get_all_start_methods():
+            context = get_context("forkserver")  # has imported what we use: forks in milliseconds
+            ours = [name for name in sys.modules if name.startswith("gdviz.")]
+            context.set_forkserver_preload(["torch", *ours])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work))
         self.process.start()
         theirs.close()
-        self.number, self.deadline = -1, inf  # no job: not ready yet
+        self.ready = False
 
-    def give(self, number: int, job: tuple[Any, ...], timeout: float | None) -> None:
-        self.number, self.deadline = number, monotonic() + (timeout or inf)
-        with suppress(ConnectionError):  # it has died, as its pipe will tell
+    def ask(self, job: Job, timeout: float | None) -> Any:
+        """Return what the job returns, or `Lost`; raise what it raises, or WorkerDied."""
+        try:
+            self.ready = self.ready or self.pipe.recv() == (None, "ready")
             self.pipe.send(job)
+            if not self.pipe.poll(timeout):
+                self.end()
+                return Lost(f"took longer than {timeout:.0f} s")
+            error, result = self.pipe.recv()
+        except (EOFError, OSError):
+            death = f"process was killed (exit code {self.end(patience=10)}): too little memory"
+            if timeout is None or not self.ready:
+                advice = "the same command goes on from here, try fewer --workers"
+                raise WorkerDied(f"a worker {death}? {advice}") from None
+            return Lost(f"its {death}, or it breaks the decoder", died=True)
+        if error is not None:
+            raise error
+        return result
 
     def end(self, patience: float = 0) -> int:
-        """The exit code; killed if it does not end by itself in time."""
-        self.pipe.close()
-        self.process.join(patience)
-        if self.process.exitcode is None:
+        """Return the exit code; kill the process if it does not end by itself in time."""
+        if not wait([self.process.sentinel], patience):
             self.process.kill()
+        with _STARTING:
             self.process.join()
         return self.process.exitcode
 
 
-def _results(
-    work: Callable[..., Any],
-    jobs: Sequence[tuple[Any, ...]],
-    numbers: Sequence[int],
-    workers: int,
-    timeout: float | None,
+# Not pebble's ProcessPool: its workers share a queue. Of 150 jobs that killed their worker at once,
+# 9 were never reported (a training would wait for ever), and 3 of 100 took the pool with them.
+class _Crew:
+    """Threads that do jobs, each by a child that has no other job."""
+
+    def __init__(self, work: Work, jobs: Sequence[Job], timeout: float | None) -> None:
+        self.work, self.jobs, self.timeout = work, jobs, timeout
+        self.children: set[_Child] = set()
+        self.idle: list[_Child] = []
+        self.over, self.failed = False, None
+
+    def results(self, numbers: Sequence[int], size: int) -> Iterator[tuple[int, Any]]:
+        """Yield numbers and results as jobs end; then raise the first error."""
+        try:
+            with ThreadPool(max(1, min(size, len(numbers)))) as threads:
+                ended = threads.imap_unordered(self._do, numbers)
+                yield from (result for result in ended if result is not None)
+            if self.failed is not None:
+                raise self.failed
+        finally:
+            self._end()
+
+    def _do(self, number: int) -> tuple[int, Any] | None:
+        """Return number and result; None if the job failed, or did not begin since another did."""
+        try:
+            child = self._free_child()
+            if child is None:
+                return None
+            result = child.ask(self.jobs[number], self.timeout)
+        except Exception as error:
+            self.over, self.failed = True, self.failed or error
+            return None
+        if isinstance(result, Lost):
+            self.children.discard(child)
+        else:
+            self.idle.append(child)
+        return number, result
+
+    def _free_child(self) -> _Child | None:
+        with _STARTING:
+            if self.over:
+                return None
+            if not self.idle:
+                self.idle.append(_Child(self.work))
+                self.children.add(self.idle[-1])
+            return self.idle.pop()
+
+    def _end(self) -> None:
+        """Let idle children end, ask busy ones to, and kill those that do not."""
+        self.over, deadline = True, monotonic() + PATIENCE_S
+        try:
+            with _STARTING:  # wait for one that is being started
+                children, idle = set(self.children), set(self.idle)
+            for child in idle:
+                child.pipe.close()
+            for child in children - idle:
+                child.process.terminate()
+            for child in children:
+                wait([child.process.sentinel], max(0, deadline - monotonic()))
+        finally:
+            for child in tuple(self.children):
+                child.end()
+
+
+def in_children(
+    work: Work, jobs: Sequence[Job], size: int, timeout: float | None
 ) -> Iterator[tuple[int, Any]]:
-    """Numbers and results as jobs end. After an error no job is begun; it is raised when those that run have ended."""
-    left, crew, failed = deque(numbers), [], None
-    try:
-        while left or crew:
-            starting = sum(worker.number < 0 for worker in crew)
-            crew += [_Worker(work) for _ in range(min(workers - len(crew), len(left) - starting))]
-            soonest = min(worker.deadline for worker in crew) - monotonic()
-            ready = wait(
-                [worker.pipe for worker in crew], None if soonest == inf else max(0, soonest)
-            )
-            for worker in crew.copy():
-                number, lost, result = worker.number, None, None
-                if worker.pipe in ready:
-                    try:
-                        error, result = worker.pipe.recv()
-                    except (EOFError, OSError):
-                        code = worker.end(10)
-                        lost = Lost(
-                            f"its process was killed (exit code {code}): too little memory, or it breaks the decoder",
-                            died=True,
-                        )
-                        if timeout is None or number < 0:
-                            raise WorkerDied(
-                                "a worker process was killed (too little memory?); the same command goes on from here, try fewer --workers"
-                            ) from None
-                    else:
-                        if failed := failed or error:
-                            left.clear()
-                elif monotonic() > worker.deadline:
-                    worker.end()
-                    lost = Lost(f"took longer than {timeout:.0f} s")
-                else:
-                    continue
-                if lost:
-                    crew.remove(worker)
-                elif left:
-                    next_one = left.popleft()
-                    worker.give(next_one, jobs[next_one], timeout)
-                else:
-                    crew.remove(worker)
-                    worker.end(10)
-                if number >= 0 and not failed:
-                    yield number, lost or result
-        if failed:
-            raise failed
-    except KeyboardInterrupt:
-        for worker in crew:
-            worker.process.terminate()
-        for worker in crew:
-            worker.end(PATIENCE_S)  # a training saves first
-        raise
-    finally:
-        for worker in crew:
-            worker.end()
+    """Yield number and result of each job as it ends, done by ``size`` child processes."""
+    died = []
+    with closing(_Crew(work, jobs, timeout).results(range(len(jobs)), size)) as ended:
+        for number, result in ended:
+            if isinstance(result, Lost) and result.died:
+                died.append(number)
+            else:
+                yield number, result
+    yield from _Crew(work, jobs, timeout).results(died, 1)
 
 
 def over_processes(
-    work: Callable[..., Any],
-    jobs: Sequence[tuple[Any, ...]],
-    workers: int | str,
+    work: Work,
+    jobs: Sequence[Job],
+    workers: int | Any,
     *,
     title: str | None,
     unit: str = "job",
     timeout: float | None = None,
     each: Callable[[int, Any], None] = lambda number, result: None,
 ) -> list[Any]:
-    """``[work(*job) for job in jobs]``, over processes when ``workers`` > 1, over machines when it is an address.
+    """Return ``[work(*job) for job in jobs]``, computed by several processes or machines.
 
-    Small networks and small matrices gain nothing from a second thread and lose ten times to threads
-    that wait for each other, so each process gets one. The first error cancels what has not begun.
+    Small networks and small matrices gain nothing from a second thread and lose ten times to
+    threads that wait for each other, so each process gets one. The first error cancels what has
+    not begun and is raised when what runs has ended.
 
     Args:
         work: picklable.
         jobs: arguments of each call.
-        workers: processes; or the address of a Dask scheduler, ``tcp://HOST:8786``, whose machines have this
-            package and see the same files. Dask rather than Ray: pure Python, and a tenth of its size.
-        title: of the progress bar; None hides it.
-        unit: of the progress bar.
-        timeout: seconds that a job may take. With it, and ``workers`` > 1, a worker that dies or takes
-            longer costs its own job only: `Lost` stands for the result. One that died is tried once
-            more, alone, so that no job is blamed for the memory that another one took.
-        each: told the number and the result of each job as it ends, but not of a lost one.
+        workers: number of processes, 1 being this one; or a `gdviz.core.cluster.Cluster`.
+        title, unit: of the progress bar; no title hides it.
+        timeout: seconds that a job may take. With it, a worker process that dies or takes longer
+            costs its own job only: `Lost` stands for the result. A job whose worker died is tried
+            once more, alone, so that none is blamed for the memory that another one took.
+        each: called here with number and result of each job as it ends, but not of a lost one.
 
     Raises:
-        WorkerDied: without ``timeout``, a worker was killed.
+        WorkerDied: without ``timeout``, a worker process was killed.
     """
-    if isinstance(workers, str):
-        return _over_machines(work, jobs, workers, title, unit, timeout, each)
-    if workers == 1:
-        results = []
-        for number, job in enumerate(tqdm(jobs, desc=title, unit=unit, disable=title is None)):
-            results.append(work(*job))
-            each(number, results[-1])
-        return results
-    return _in_children(work, jobs, workers, title, unit, timeout, each)
-
-
-def _in_children(
-    work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int, title: str | None, unit: str, timeout: float | None,
-    each: Callable[[int, Any], None] = lambda number, result: None,
-) -> list[Any]:  # fmt: skip
+    if not isinstance(workers, int):
+        ended = workers.run(work, jobs, timeout)
+    elif workers > 1:
+        ended = in_children(work, jobs, workers, timeout)
+    else:
+        ended = ((number, work(*job)) for number, job in enumerate(jobs))
     results: dict[int, Any] = {}
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))  # read by libraries when a child imports them
-
-    def collect(numbers: Sequence[int], workers: int, title: str) -> None:
-        with closing(_results(work, jobs, numbers, workers, timeout)) as ended:
-            for number, result in tqdm(ended, total=len(numbers), desc=title, unit=unit):
-                results[number] = result
-                if not isinstance(result, Lost):
-                    each(number, result)
-
-    try:
-        collect(range(len(jobs)), workers, title)
-        if died := sorted(
-            i for i, result in results.items() if isinstance(result, Lost) and result.died
-        ):
-            collect(died, 1, f"{title}, again")
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-    return [results[i] for i in range(len(jobs))]
-
-
-def _over_machines(
-    work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], address: str, title: str, unit: str, timeout: float | None,
-    each: Callable[[int, Any], None],
-) -> list[Any]:  # fmt: skip
-    """Dask hands out chunks; each of its threads does them in a child of its own, so that death and time-outs are what they are here.
-
-    Its workers need ``dask worker ADDRESS --no-nanny --nthreads CORES``: children of a nanny may have no children.
-    """
-    try:
-        from dask.distributed import Client, KilledWorker, as_completed
-    except ImportError:
-        raise UserError(f"--cluster {address}: needs Dask; pip install 'gdviz[cluster]'") from None
-    results: dict[int, Any] = {}
-    try:
-        client = Client(address, timeout=30)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--cluster {address}: no scheduler answers ({error})") from None
-    with client, tqdm(total=len(jobs), desc=title, unit=unit) as bar:
-        size = 1 + len(jobs) // (8 * max(1, sum(client.nthreads().values())))
-        chunks = [range(start, min(start + size, len(jobs))) for start in range(0, len(jobs), size)]
-        done = {
-            client.submit(
-                _in_children, work, [jobs[i] for i in c], 1, title, unit, timeout, pure=False
-            ): c
-            for c in chunks
-        }
-        try:
-            for future in as_completed(done):
-                for number, result in zip(done[future], future.result(), strict=True):
-                    results[number] = result
-                    bar.update()
-                    if not isinstance(result, Lost):
-                        each(number, result)
-        except KilledWorker as error:
-            raise WorkerDied(f"Dask gave up: {error}") from None
-        finally:
-            client.cancel(list(done))
-    return [results[i] for i in range(len(jobs))]
+    bar = tqdm(total=len(jobs), desc=title, unit=unit, disable=title is None)
+    with closing(ended), bar:
+        for number, result in ended:
+            results[number] = result
+            bar.update()
+            if not isinstance(result, Lost):
+                each(number, result)
+    return [results[number] for number in range(len(jobs))]

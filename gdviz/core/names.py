@@ -1,0 +1,52 @@
+"""Names that a user gives: one of ours, or MODULE:NAME for an object in a file of theirs."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from gdviz.core.files import UserError
+
+
+def is_own(name: str) -> bool:
+    """Return whether a name is the user's own MODULE:NAME."""
+    return ":" in name
+
+
+def folder_name(name: str) -> str:
+    """Return a name as a folder's: MODULE:NAME becomes MODULE.NAME."""
+    return re.sub(r"[^\w.+-]", ".", name)
+
+
+def resolve(name: str, known: Mapping[str, Any], what: str) -> Any:
+    """Return ``known[name]``, or the object MODULE:NAME; the working folder is searched, too.
+
+    Raises:
+        UserError: there is no such thing; the message names ``what`` and near names.
+    """
+    if name in known:
+        return known[name]
+    if not is_own(name):
+        choice = f"choose from {', '.join(known)}, or MODULE:NAME of your own"
+        raise UserError(f"unknown {what} {name!r}{_near(name, known)}; {choice}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module, _, attribute = name.partition(":")
+    try:
+        found = import_module(module)
+    except (ImportError, ValueError, TypeError) as error:  # no name of a module at all
+        raise UserError(f"{what} {name!r}: {error}") from error
+    if not hasattr(found, attribute):
+        near = _near(attribute, vars(found))
+        raise UserError(f"{what} {name!r}: {module} has no {attribute!r}{near}")
+    return getattr(found, attribute)
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    near = get_close_matches(name, known)
+    return f" (near: {', '.join(near)})" if near else ""
