@@ -52,20 +52,17 @@ def first() -> bool:
     return rank() == 0
 
 
-def agreed(value: Any) -> Any:
-    """Return the first rank's value, which the others wait for."""
-    values = [value]
-    if world() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def collect(value: Any) -> list[Any]:
-    """Return the values of all ranks."""
+    """Return the values of all ranks, which wait for each other."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def agreed(value: Any) -> Any:
+    """Return the first rank's value."""
+    return collect(value)[0]
 
 
 def synchronise(module: nn.Module) -> None:

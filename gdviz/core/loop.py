@@ -109,7 +109,7 @@ class _Training:
             self.logged[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def end_epoch(self) -> dict[str, float]:
-        """Add the means of what was logged to the history."""
+        """Return the means of what was logged, added to the history."""
         means = {
             name: float(torch.as_tensor([float(value) for value in values]).mean())
             for name, values in self.logged.items()
@@ -121,7 +121,7 @@ class _Training:
         self.history.append({"epoch": epoch, **means})
         self.logged.clear()
         self.done = 0
-        return self.history[-1]
+        return means
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, in which every rank has its own numbers to log; for all to call."""
@@ -171,31 +171,28 @@ class _Saver:
 def _run(training: _Training, keep: Bookkeeping) -> None:
     """Take all steps that are left."""
     history, steps, batch = training.history, training.steps, training.batch
-    total, board = steps * training.schedule.epochs, None
+    begun, total = len(history) * steps + training.done, training.schedule.epochs * steps
+    board = None
     if keep.board is not None and distributed.first():
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(keep.board, purge_step=len(history))
     hidden = keep.progress is None or not distributed.first()
     bar = tqdm(
-        total=total * batch, desc=keep.progress, disable=hidden, unit="clip", unit_scale=True
+        desc=keep.progress, total=total * batch, unit="clip", unit_scale=True, disable=hidden
     )
     with stops_noted() as asked, bar:
+        bar.update(begun * batch)
         saver = _Saver(training, keep.checkpoint, asked)
-        bar.update((len(history) * steps + training.done) * batch)
-        began, begun = monotonic(), training.done
-        for step in range(len(history) * steps + training.done, total):
+        for step in range(begun, total):
             training.take_step()
             bar.update(batch)
             if training.done == steps:
-                row = training.end_epoch()
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
-                if board is not None:
-                    speed = (steps - begun) * batch / (monotonic() - began)
-                    for name, value in {**row, "clips a second": speed}.items():
-                        board.add_scalar(name, value, row["epoch"])
+                means = training.end_epoch()
+                bar.set_postfix(loss=f"{means['loss']:.3f}")
+                for name, value in means.items() if board else ():
+                    board.add_scalar(name, value, step // steps)
                     board.flush()
-                began, begun = monotonic(), 0
             saver.after_step(last=step + 1 == total)
 
 

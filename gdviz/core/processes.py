@@ -122,7 +122,7 @@ class _Child:
                 return Lost(f"took longer than {timeout:.0f} s")
             error, result = self.pipe.recv()
         except (EOFError, OSError):
-            death = f"process was killed (exit code {self.end(patience=10)}): too little memory"
+            death = f"process was killed (exit code {self.end(patience=10.0)}): too little memory"
             if timeout is None or not self.ready:
                 advice = "the same command goes on from here, try fewer --workers"
                 raise WorkerDied(f"a worker {death}? {advice}") from None
@@ -131,7 +131,7 @@ class _Child:
             raise error
         return result
 
-    def end(self, patience: float = 0) -> int:
+    def end(self, patience: float = 0.0) -> int:
         """Return the exit code; kill the process if it does not end by itself in time."""
         if not wait([self.process.sentinel], patience):
             self.process.kill()
