@@ -9,6 +9,7 @@ same frames; ratios are medians and quartiles over clips.
 from __future__ import annotations
 
 import argparse
+import json
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -133,8 +134,8 @@ def caches_of(paths: list[Path], folder: Path, size: int, frames: int = 64) -> d
         {},
     )
     for kind in KINDS:
-        view, start = View(size=size, frames=frames, cache=kind), time.process_time()
-        sets[kind] = open_videos(clips, view, folder, name=kind)
+        view, start = View(size=size, frames=frames), time.process_time()
+        sets[kind] = open_videos(clips, view, folder, name=kind, storage=kind)
         stored = sum(
             p.stat().st_size
             for p in (folder / sets[kind].pixels.folder.name).rglob("*")
@@ -200,7 +201,7 @@ def many_rows(caches: dict[str, VideoSet], folder: Path, counts: Iterable[int]) 
             tracemalloc.start()
             start = time.perf_counter()
             pixels, _, _ = open_cache(
-                home, View(size=shape[2], frames=shape[1], cache=kind), "many", count
+                home, View(size=shape[2], frames=shape[1]), kind, "many", count
             )
             opened, grown = time.perf_counter() - start, tracemalloc.get_traced_memory()[1] / 1e6
             tracemalloc.stop()
@@ -237,12 +238,13 @@ def index_of(folder: Path, rows: int) -> None:
     """A fresh process opens an index of many rows and looks a thousand files up."""
     db = sqlite3.connect(folder / "verified.sqlite")
     db.execute(TABLE)
-    filler = ("", 200, 320, 240, 25.0, 0, 200, "[[12, 12], [24, 24], [36, 36], [48, 48]]")
+    keys = tuple((12 * k, 12 * k) for k in range(1, 5))
+    verdict = json.dumps(asdict(VideoInfo(200, 320, 240, 25.0, 300_000, 0, 200, keys)))
     with db:
         db.executemany(
             INSERT,
             (
-                (f"/data/videos/class{i % 400}/video{i:08d}.mp4", 300_000, 10**18 + i, 1, *filler)
+                (f"/data/videos/class{i % 400}/video{i:08d}.mp4", 300_000, 10**18 + i, 1, verdict)
                 for i in range(rows)
             ),
         )
@@ -253,10 +255,10 @@ from gdviz.data.verified import look_up
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 with closing(sqlite3.connect(sys.argv[1])) as db:
-    count = db.execute("SELECT count(*) FROM videos").fetchone()[0]
+    count = db.execute("SELECT count(*) FROM verdicts").fetchone()[0]
     opened = time.perf_counter() - start
     some = range(0, {rows}, {rows} // 1000)
-    known = [look_up(db, Path(f"/data/videos/class{{i % 400}}/video{{i:08d}}.mp4"), 300_000, 10**18 + i) for i in some]
+    known = [look_up(db, Path(f"/data/videos/class{{i % 400}}/video{{i:08d}}.mp4"), (300_000, 10**18 + i)) for i in some]
 assert all(info.frames == 200 for info in known)
 print(f"{{count}} rows: opened and counted in {{opened:.2f}} s, 1,000 files looked up by {{time.perf_counter() - start:.2f}} s;",
       f"{{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f}} MB more than before")

@@ -21,7 +21,7 @@ from gdviz.core.files import UserError
 from gdviz.core.processes import Stopped, WorkerDied
 from gdviz.data.listing import read_folder
 from gdviz.data.official import SOURCES, describe, read_official, save_list
-from gdviz.data.reading import verified
+from gdviz.data.verified import verified
 from gdviz.experiment import steps
 from gdviz.experiment.folder import Run, default_folder, open_run
 from gdviz.experiment.tables import evaluation, table

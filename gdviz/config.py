@@ -3,7 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from math import inf
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a numeric setting may be; runs check it before any work."""
+
+    low: float
+    high: float = inf
+    above: bool = False  # low itself is out
+    below: bool = False  # high itself is out
+
+    def __contains__(self, value: float) -> bool:
+        low = value > self.low if self.above else value >= self.low
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == inf:
+            return f"more than {self.low}" if self.above else f"{self.low} or more"
+        return f"{'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
+
+
+Natural = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+Several = Annotated[int, Range(2)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # what scikit-learn takes
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
 
 METHODS = (
     "labels",
@@ -20,32 +49,32 @@ METHODS = (
 class MotionData:
     """The embedded data set: videos per class in each part."""
 
-    labelled: int = 7
+    labelled: Several = 7
     """labelled training videos per class"""
-    unlabelled: int = 84
+    unlabelled: Natural = 84
     """unlabelled training videos per class"""
-    test: int = 80
+    test: Count = 80
     """test videos per class"""
-    size: int = 64
+    size: Annotated[int, Range(8)] = 64
     """side of a video, in pixels"""
-    frames: int = 24
+    frames: Several = 24
     """frames of a video"""
-    seed: int = 2018
+    seed: Seed = 2018
 
 
 @dataclass(frozen=True)
 class View:
     """How a video becomes the clips that networks see."""
 
-    size: int = 24
+    size: Annotated[int, Range(8)] = 24
     """videos are resized to a square of this side, in pixels"""
-    frames: int = 24
+    frames: Several = 24
     """frames kept of each video, spread evenly over it"""
-    length: int = 8
+    length: Several = 8
     """frames of a clip"""
-    stride: int = 2
+    stride: Count = 2
     """kept frames from one frame of a clip to the next"""
-    clips: int = 3
+    clips: Count = 3
     """clips of a video, spread evenly over it, over which reading out and testing average"""
 
 
@@ -53,20 +82,20 @@ class View:
 class Schedule:
     """One training: AdamW, linear warm-up, then a cosine to zero; and how to compute it."""
 
-    epochs: int
-    batch: int = 64
+    epochs: Count
+    batch: Several = 64
     """clips of a step, those of all processes together"""
-    lr: float = 3e-3
-    weight_decay: float = 1e-3
-    min_steps: int = 5
+    lr: Positive = 3e-3
+    weight_decay: Weight = 1e-3
+    min_steps: Count = 5
     """least steps of an epoch: sixty videos are not learned in one step an epoch"""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """share of the training over which the learning rate rises"""
-    clip: float = 0.0
+    clip: Weight = 0.0
     """largest norm of a step's gradient; 0: any"""
-    ema: float = 0.0
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.0
     """the result is a moving average of the weights with this decay; 0: the last weights"""
-    accumulate: int = 1
+    accumulate: Count = 1
     """parts of a batch computed in turn, which takes less memory; graph losses see one at a time"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """of convolutions and matrix products, where lower than float32; graph losses keep float32"""
@@ -79,14 +108,15 @@ class Teachers:
     """Pre-training and fitting of the teachers."""
 
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
-    """pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own (docs/own.md)"""
-    strides: tuple[int, ...] = (2, 2, 1, 2)
+    """pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own
+    (docs/own.md)"""
+    strides: tuple[Count, ...] = (2, 2, 1, 2)
     """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
     backbone: str = "tiny16m"
     pretrain: Schedule = Schedule(epochs=10, batch=32, min_steps=20)
     fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)
     """fitting on the labelled part"""
-    folds: int = 3
+    folds: Several = 3
     """cross-fitting folds: a labelled clip is judged by a teacher that has not seen its label"""
 
 
@@ -94,19 +124,19 @@ class Teachers:
 class Edges:
     """How edge weights are learned from evidence about the teachers."""
 
-    eta: float = 0.2
+    eta: Positive = 0.2
     """temperature of the closed form over teachers, in units of the mean ground cost"""
-    eta_pairs: float = 0.1
+    eta_pairs: Positive = 0.1
     """temperature over pairs of teachers, in units of CKA"""
-    floor: float = 0.05
+    floor: Share = 0.05
     """share of the weight spread evenly, so that every teacher stays heard"""
-    refreshes: int = 8
+    refreshes: Count = 8
     """moments of a training at which the weights are learned anew"""
-    gate_steps: int = 10
+    gate_steps: Natural = 10
     """steps of the gate between two moments"""
-    rho: float = 1.0
+    rho: Weight = 1.0
     """how much the gate is held to its prior, what the labels say of each teacher on average"""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """share of the label-based term in a labelled clip's evidence"""
 
 
@@ -116,20 +146,20 @@ class Distillation:
 
     student: str = "tiny8n"
     schedule: Schedule = Schedule(epochs=24, batch=32, lr=1e-2, min_steps=20)
-    labelled_batch: int = 8
+    labelled_batch: Count = 8
     """labelled clips a step, beside schedule.batch clips of the whole training part"""
     target: Literal["video", "clip"] = "video"
     """students learn what teachers say of a video on average, or of the very clip"""
-    temperature: float = 1.0
-    eps: float = 0.3
+    temperature: Positive = 1.0
+    eps: Positive = 0.3
     """entropic regularisation, relative to the mean ground cost"""
-    cost_shrink: float = 0.5
+    cost_shrink: Share = 0.5
     """share of the 0/1 cost in the ground cost: with none, confusing alike classes is cheap"""
-    beta: float = 1.0
+    beta: Weight = 1.0
     """weight of the consensus in the logits graph"""
-    logits_scale: float = 1.0
+    logits_scale: Weight = 1.0
     """gradient norm of the logits graph relative to that of the cross-entropy"""
-    representation_scale: float = 1.0
+    representation_scale: Weight = 1.0
     """gradient norm of the representation graph relative to that of the cross-entropy"""
     distance: Literal["mmd", "cka", "coral"] = "mmd"
     """between the teachers' pair vertices and the student's"""
@@ -148,7 +178,7 @@ class Profile:
     small H.264 files (a thirtieth)"""
     teachers: Teachers = Teachers()
     distillation: Distillation = Distillation()
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     methods: tuple[str, ...] = METHODS
 
     def view_of(self, task: str) -> View:

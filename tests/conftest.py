@@ -12,7 +12,8 @@ import torch
 from gdviz.config import Distillation, Edges, MotionData, Profile, Schedule, Teachers, View
 from gdviz.data.motion import encode, render
 from gdviz.data.videos import VideoSet
-from gdviz.experiment.steps import Run, execute
+from gdviz.experiment.folder import Run
+from gdviz.experiment.steps import execute
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -71,21 +72,7 @@ def video_folder(tmp_path):
 
 def memory_set(pixels: np.ndarray, labels: list[int], splits: list[str]) -> VideoSet:
     """A VideoSet without files: uint8 pixels [n, f, h, w, 3]."""
-    names, groups = (
-        tuple(f"c{i}" for i in range(max(labels) + 1)),
-        tuple(str(i) for i in range(len(labels))),
-    )
-    return VideoSet(
-        "memory",
-        "0",
-        pixels,
-        names,
-        torch.tensor(labels),
-        tuple(splits),
-        groups,
-        torch.zeros(len(labels), 5),
-        (),
-    )
+    return VideoSet.from_arrays(pixels, labels, splits)
 
 
 @pytest.fixture(scope="session")

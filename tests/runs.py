@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gdviz.core.files import load_tensors
-from gdviz.experiment.steps import Run
+from gdviz.experiment.folder import Run
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -21,7 +21,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert (a / "results.csv").read_bytes() == (b / "results.csv").read_bytes()
     left, right = tensors_of(a), tensors_of(b)
     assert left.keys() == right.keys()
     assert [key for key in left if not torch.equal(left[key], right[key])] == []

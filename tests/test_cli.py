@@ -1,4 +1,4 @@
-"""The command line: each mistake is one line that names what is wrong, exit code 1, no traceback, nothing left behind."""
+"""The command line: a mistake is one line that names it, exit code 1, and leaves nothing behind."""
 
 import errno
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from gdviz import cli
+from gdviz import cli, commands
 from gdviz.config import PROFILES
-from gdviz.experiment import steps as runs
-from gdviz.show import report
+from gdviz.experiment.folder import open_run
+from gdviz.experiment.tables import table
 
 
 @pytest.fixture
 def gdviz(monkeypatch, capsys, tmp_path):
     """Runs a command in an empty folder: (exit code, what it said)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "draw_figures", lambda run, out: [])
+    monkeypatch.setattr(commands, "draw_figures", lambda run, out: [])
     monkeypatch.setitem(PROFILES, "smoke", TINY)
 
     def call(*words) -> tuple[int, str]:
@@ -52,13 +52,13 @@ WRONG = {
     "no device": (("--device", "meta"), "--device meta"),
     "no such cuda": (("--device", "cuda:99"), "--device cuda:99"),
     "workers": (("--workers", "-1"), "--workers -1"),
-    "task": (("--teachers.tasks", "order", "jigsaw"), "--teachers.tasks: unknown 'jigsaw'"),
+    "task": (("--teachers.tasks", "order", "jigsaw"), "--teachers.tasks: unknown task 'jigsaw'"),
     "strides": (
         ("--teachers.tasks", "order", "--teachers.strides", "1", "2"),
         "--teachers.strides: 2 strides for 1 tasks",
     ),
     "backbone": (("--teachers.backbone", "vit"), "--teachers.backbone vit"),
-    "method": (("--methods", "magic"), "--methods: unknown 'magic'"),
+    "method": (("--methods", "magic"), "--methods: unknown method 'magic'"),
     "data": (("--data", "nowhere"), "--data nowhere: no such folder"),
 }
 
@@ -235,10 +235,7 @@ def test_foreign_folders_are_refused(gdviz, tmp_path, finished):
 def test_the_table_of_a_finished_run(gdviz, finished):
     code, text = gdviz("run", "--out", finished.folder, "--cache", finished.cache, "--workers", "1")
     assert code == 0
-    for row in runs.open_run(finished.folder).metrics():
-        (line,) = [line for line in text.splitlines() if f"{row['kind']}: {row['name']} " in line]
-        assert line.split()[-1] == f"{100 * row['accuracy']:.1f}"
-    assert report.table(finished) in text
+    assert table(open_run(finished.folder)) in text
 
 
 def test_as_a_program(tmp_path):

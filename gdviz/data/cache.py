@@ -1,10 +1,11 @@
 """Videos kept as a view needs them, in shards: as raw pixels, as JPEG, or as light H.264 files.
 
     STAMP/index.json, metadata.npy   written last: what the set is, which videos it lacks
-    STAMP/00000/found.json           of the first sixteen videos, beside what the kind of cache keeps of them
+    STAMP/00000/found.json           of the first sixteen videos, beside what the kind of cache
+    keeps of them
 
-A shard is the unit of parallel work and of resumption: it is there as a whole or not at all, and a killed
-fill goes on with those that are not.
+A shard is the unit of parallel work and of resumption: it is there as a whole or not at all, and a
+killed fill goes on with those that are not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -30,10 +31,8 @@ from gdviz.data.motion import encode
 from gdviz.data.reading import DamagedVideo, VideoInfo, frames_of, read_square, verify
 from gdviz.data.verified import stat, verified
 
-SHARD, SHARDS = (
-    16,
-    4096,
-)  # few videos in one, so that small sets keep all cores busy; but few enough shards to keep all of them open
+# Few videos in a shard keep all cores busy on small sets; few shards can all stay open.
+SHARD, SHARDS = 16, 4096
 
 
 def shard_size(count: int) -> int:
@@ -80,7 +79,8 @@ class Memmap:
 
 
 def to_jpeg(frame: np.ndarray) -> bytes:
-    """A frame [h, w, 3] as a file of full colour resolution, which small frames need: 36 to 44 dB."""
+    """A frame [h, w, 3] as a file of full colour resolution, which small frames need: 36 to 44
+    dB."""
     Image.fromarray(frame).save(out := BytesIO(), "JPEG", quality=95, subsampling=0)
     return out.getvalue()
 
@@ -91,7 +91,8 @@ def from_jpeg(data: bytes) -> np.ndarray:
 
 
 class Jpeg:
-    """One JPEG a frame: a fifth of the bytes, and only the frames asked for are decoded, whatever their distance."""
+    """One JPEG a frame: a fifth of the bytes, and only the frames asked for are decoded, whatever
+    their distance."""
 
     @staticmethod
     def estimate(shape: tuple[int, ...]) -> float:
@@ -123,7 +124,8 @@ class Jpeg:
 
 
 class Transcode:
-    """One H.264 file a video, of short groups of pictures and no B-frames: a thirtieth of the bytes."""
+    """One H.264 file a video, of short groups of pictures and no B-frames: a thirtieth of the
+    bytes."""
 
     @staticmethod
     def estimate(shape: tuple[int, ...]) -> float:
@@ -144,7 +146,8 @@ class Transcode:
                     g="8",
                     tune="fastdecode",
                 )
-                # Verified as any file is; and then read by PyAV, which opens so small a file in half of decord's time.
+                # Verified as any file is; and then read by PyAV, which opens so small a file in
+                # half of decord's time.
                 file.with_suffix(".json").write_text(
                     json.dumps(asdict(replace(verify(file), by_decord=0)))
                 )
@@ -164,7 +167,8 @@ KINDS: dict[str, type[Shard]] = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Tr
 
 @dataclass(frozen=True)
 class Cache:
-    """``cache[row, frames]`` as of an array [n, f, h, w, 3]; ``frames`` is a slice. Shards are opened when first asked for."""
+    """``cache[row, frames]`` as of an array [n, f, h, w, 3]; ``frames`` is a slice. Shards are
+    opened when first asked for."""
 
     folder: Path
     kind: str
@@ -176,7 +180,8 @@ class Cache:
             return _shard(self, shard).read(place, key[1])
         except (OSError, ValueError, IndexError, DamagedVideo) as error:
             raise UserError(
-                f"{self.folder} is damaged (shard {shard}: {error}); delete it to have it made again"
+                f"{self.folder} is damaged (shard {shard}: {error}); delete it to have it made "
+                "again"
             ) from None
 
 
@@ -185,33 +190,42 @@ def _shard(cache: Cache, number: int) -> Shard:
     return KINDS[cache.kind](cache.folder / f"{number:05d}", cache.shape[1:])
 
 
+def _read(path: Path, view: View, info: VideoInfo | str) -> tuple[np.ndarray | None, Any]:
+    """A video and its (frames, width, height, fps, bytes), or None and why it is refused."""
+    if isinstance(info, str):
+        return None, info
+    try:
+        video = read_square(path, view.frames, view.size, info)[0].numpy()
+    except (DamagedVideo, MemoryError) as error:
+        return None, str(error) or "too little memory"
+    return video, [info.frames, info.width, info.height, info.fps, info.bytes]
+
+
 def _fill_shard(
-    number: int, paths: list[Path], known: list[VideoInfo | str], *, folder: Path, view: View
+    number: int,
+    paths: list[Path],
+    known: list[VideoInfo | str],
+    *,
+    folder: Path,
+    view: View,
+    storage: str,
 ) -> None:
-    """Writes a shard; ``.NUMBER.at`` says which video is being read, should that end this process."""
-    target, temporary, at = (
-        folder / f"{number:05d}",
-        folder / f".{number:05d}.{os.getpid()}.part",
-        folder / f".{number:05d}.at",
-    )
+    """Write a shard; ``.NUMBER.at`` names the video being read, should that end this process."""
+    target, at = folder / f"{number:05d}", folder / f".{number:05d}.at"
+    temporary = folder / f".{number:05d}.{os.getpid()}.part"
     shape, found = (view.frames, view.size, view.size, 3), []
 
-    def videos() -> Iterator[np.ndarray | None]:
+    def videos() -> Iterator[np.ndarray | None]:  # one at a time: a shard may exceed memory
         for place, (path, info) in enumerate(zip(paths, known, strict=True)):
-            video, reason = None, info
-            if isinstance(info, VideoInfo):
-                at.write_text(str(place))
-                try:
-                    video, reason = read_square(path, view.frames, view.size, info)[0].numpy(), ""
-                except (DamagedVideo, MemoryError) as error:
-                    reason = str(error) or "too little memory"
-            found.append(reason or [info.frames, info.width, info.height, info.fps, info.bytes])
+            at.write_text(str(place))
+            video, about = _read(path, view, info)
+            found.append(about)
             yield video
 
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        KINDS[view.cache].write(temporary, videos(), shape)
+        KINDS[storage].write(temporary, videos(), shape)
         save_json(temporary / "found.json", found)
         temporary.rename(target)
     except OSError:
@@ -222,15 +236,37 @@ def _fill_shard(
         at.unlink(missing_ok=True)
 
 
+def _check_room(folder: Path, storage: str, need: float, count: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"{folder} needs about {need / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB "
+            "free; free some space, choose another --cache, or a smaller kind by --storage"
+        )
+    if need:
+        about = f"{storage} cache of {count} videos, about {need / 1e6:.1f} MB to write"
+        tqdm.write(f"{folder}: {about}")
+
+
+def _save_index(folder: Path, stamp: str, rows: list[Any]) -> None:
+    """Write what is known of each video, and which are left out and why."""
+    numbers = [[np.nan] * 5 if isinstance(row, str) else row for row in rows]
+    with atomic(folder / "metadata.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, np.array(numbers, np.float32))
+    skipped = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
+    save_json(folder / "index.json", {"fingerprint": stamp, "skipped": skipped})
+
+
 def fill(
-    folder: Path, paths: list[Path], view: View, stamp: str, *, workers: int | str = 1
+    folder: Path, paths: list[Path], view: View, storage: str, stamp: str, *, workers: Any = 1
 ) -> None:
-    """Decodes videos into a cache; goes on where an earlier call stood.
+    """Decode videos into a cache; go on where an earlier call stood.
 
     Args:
         folder: of the cache, one a fingerprint.
         paths: of the videos.
-        view: size, number of frames, kind of cache.
+        view: size and number of frames.
+        storage: kind of cache.
         stamp: fingerprint.
         workers: see `gdviz.core.processes.over_processes`.
 
@@ -239,57 +275,29 @@ def fill(
     """
     found = verified(paths, folder.parent / "verified.sqlite", workers=workers)
     size, shape = shard_size(len(paths)), (view.frames, view.size, view.size, 3)
-    shards = range(-(-len(paths) // size))
-    spans = [slice(n * size, (n + 1) * size) for n in shards]
+    spans = [slice(start, start + size) for start in range(0, len(paths), size)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        left = [n for n in shards if not (folder / f"{n:05d}").exists()]
-        need = KINDS[view.cache].estimate(shape) * sum(len(paths[spans[n]]) for n in left)
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise UserError(
-                f"{folder} needs about {need / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
-                "free some space, choose another --cache, or a smaller kind by --view.cache"
-            )
-        if left:
-            tqdm.write(
-                f"{folder}: {view.cache} cache of {len(paths)} videos, about {need / 1e6:.1f} MB to write"
-            )
-        # No decoder is slower than a megabyte a second; resizing and encoding take their time, too.
-        timeout = (
-            60
-            + max((sum(max(stat(path)[0], 0) for path in paths[spans[n]]) for n in left), default=0)
-            / 2.5e5
-        )
+        left = [n for n in range(len(spans)) if not (folder / f"{n:05d}").exists()]
+        videos = sum(len(paths[spans[n]]) for n in left)
+        _check_room(folder, storage, KINDS[storage].estimate(shape) * videos, len(paths))
+        # No decoder is slower than a megabyte a second; resizing and encoding take time, too.
+        sizes = [sum(max(stat(path)[0], 0) for path in paths[spans[n]]) for n in left]
+        timeout = 60 + max(sizes, default=0) / 2.5e5
+        work = partial(_fill_shard, folder=folder, view=view, storage=storage)
         while left:
             jobs = [(n, paths[spans[n]], found[spans[n]]) for n in left]
-            work = partial(_fill_shard, folder=folder, view=view)
+            title = "reading videos"
             results = over_processes(
-                work, jobs, workers, title="reading videos", unit="shard", timeout=timeout
+                work, jobs, workers, title=title, unit="shard", timeout=timeout
             )
-            lost = {
-                n: result.reason
-                for n, result in zip(left, results, strict=True)
-                if isinstance(result, Lost)
-            }
-            for n, reason in lost.items():  # once more, without the video that did it
-                found[n * size + int((folder / f".{n:05d}.at").read_text())] = reason
+            lost = {n: r for n, r in zip(left, results, strict=True) if isinstance(r, Lost)}
+            for n, result in lost.items():  # once more, without the video that did it
+                place = int((folder / f".{n:05d}.at").read_text())
+                found[n * size + place] = result.reason
             left = list(lost)
-        rows = [row for n in shards for row in load_json(folder / f"{n:05d}" / "found.json")]
-        with atomic(folder / "metadata.npy") as temporary, open(temporary, "wb") as file:
-            np.save(
-                file,
-                np.array(
-                    [[np.nan] * 5 if isinstance(row, str) else row for row in rows], np.float32
-                ),
-            )
-        save_json(
-            folder / "index.json",
-            {
-                "fingerprint": stamp,
-                "skipped": {i: row for i, row in enumerate(rows) if isinstance(row, str)},
-            },
-        )
+        shards = [load_json(folder / f"{n:05d}" / "found.json") for n in range(len(spans))]
+        _save_index(folder, stamp, [row for shard in shards for row in shard])
         for stale in folder.glob(".*"):  # what a killed process was writing
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     except OSError as error:
@@ -299,9 +307,12 @@ def fill(
 
 
 def open_cache(
-    folder: Path, view: View, stamp: str, count: int
+    folder: Path, view: View, storage: str, stamp: str, count: int
 ) -> tuple[Cache, np.ndarray, dict[int, str]]:
-    """A finished cache of ``count`` videos, their (frames, width, height, fps, bytes), and why rows were skipped.
+    """Open a finished cache of ``count`` videos.
+
+    Returns:
+        The cache, each video's (frames, width, height, fps, bytes), and why rows were skipped.
 
     Raises:
         UserError: it is damaged, or of other files, another view or another version of this code.
@@ -316,8 +327,5 @@ def open_cache(
         skipped = {int(row): reason for row, reason in index["skipped"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}); delete it to have it made again") from None
-    return (
-        Cache(folder, view.cache, (count, view.frames, view.size, view.size, 3)),
-        metadata,
-        skipped,
-    )
+    shape = (count, view.frames, view.size, view.size, 3)
+    return Cache(folder, storage, shape), metadata, skipped

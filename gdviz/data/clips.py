@@ -23,10 +23,12 @@ def starts_and_strides(
     rng: Generator | None = None,
     place: float | Tensor = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Where the clips of ``count`` videos start and how far apart their frames are, [count] each: see :func:`pick_frames`."""
+    """Where the clips of ``count`` videos start and how far apart their frames are, [count] each:
+    see :func:`pick_frames`."""
     if frames < length:
         raise ValueError(
-            f"a clip of {length} frames does not fit a video of {frames}: lower the clip length or raise the frames kept"
+            f"a clip of {length} frames does not fit a video of {frames}: lower the clip length or "
+            "raise the frames kept"
         )
     stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
     room = frames - 1 - stride * (length - 1)  # (b,)
@@ -42,7 +44,8 @@ def pick_frames(
     rng: Generator | None = None,
     place: float | Tensor = 0.5,
 ) -> Tensor:
-    """Takes ``length`` frames, ``stride`` frames apart, from each video: [b, f, ...] to [b, length, ...].
+    """Takes ``length`` frames, ``stride`` frames apart, from each video: [b, f, ...] to [b, length,
+    ...].
 
     Args:
         videos: decoded videos, frames second.
@@ -50,7 +53,8 @@ def pick_frames(
         stride: distance between frames; one for all, or one a video [b]. Lowered to the largest
             that fits when the videos are too short for it.
         rng: draws the starts uniformly; None puts them all at ``place``.
-        place: where clips start, from 0 (the first frame) over 0.5 (centred) to 1 (the last that fits); one for all, or one a video.
+        place: where clips start, from 0 (the first frame) over 0.5 (centred) to 1 (the last that
+            fits); one for all, or one a video.
 
     Raises:
         ValueError: the videos have fewer frames than a clip.
@@ -79,12 +83,14 @@ def clips_of(
     rng: Generator | None = None,
     place: float | Tensor = 0.5,
 ) -> Float[Tensor, "b 3 t h w"]:
-    """``sample_clips(to_float(frames), ...)`` of raw frames [b, f, h, w, 3]; only those of the clip are converted."""
+    """``sample_clips(to_float(frames), ...)`` of raw frames [b, f, h, w, 3]; only those of the clip
+    are converted."""
     return to_float(pick_frames(frames, length, stride, rng, place)).transpose(1, 2)
 
 
 def clip_places(clips: int) -> list[float]:
-    """Where that many clips of a video start, evenly from its start to its end; one is in the middle."""
+    """Where that many clips of a video start, evenly from its start to its end; one is in the
+    middle."""
     return torch.linspace(0, 1, clips).tolist() if clips > 1 else [0.5]
 
 
@@ -96,13 +102,16 @@ def multi_views(
     crops: int = 3,
     side: int | None = None,
 ) -> Iterator[Float[Tensor, "b 3 t s s"]]:
-    """The clips of raw frames [b, f, h, w, 3] whose outputs are averaged in testing (Wang et al. 2018, non-local: 10 clips x 3 crops).
+    """The clips of raw frames [b, f, h, w, 3] whose outputs are averaged in testing (Wang et al.
+    2018, non-local: 10 clips x 3 crops).
 
     Args:
         length, stride: frames of a clip, and from one to the next.
         clips: starts, spread evenly over the video; None for every start that fits (dense).
-        crops: squares along the longer side, or along the rows of a square, from one end to the other; one is the middle.
-        side: of a crop, in pixels; by default the shorter side for one crop, and 7/8 of it for more (224 of 256).
+        crops: squares along the longer side, or along the rows of a square, from one end to the
+            other; one is the middle.
+        side: of a crop, in pixels; by default the shorter side for one crop, and 7/8 of it for more
+            (224 of 256).
 
     Raises:
         ValueError: less than one crop, or crops larger than the frames.

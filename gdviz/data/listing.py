@@ -1,4 +1,5 @@
-"""Which videos there are: a folder of class sub-folders, or a CSV, as one list of clips split by group."""
+"""Which videos there are: a folder of class sub-folders, or a CSV, as one list of clips split by
+group."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def group_of(path: Path) -> str:
 
 
 def read_folder(root: Path) -> list[Clip]:
-    """The videos below a folder, labelled by the folder they lie in; those beside the sub-folders are unlabelled."""
+    """The videos below a folder, labelled by the folder they lie in; those beside the sub-folders
+    are unlabelled."""
     clips = []
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in EXTENSIONS and path.is_file():
@@ -56,7 +58,8 @@ def read_folder(root: Path) -> list[Clip]:
             )
     if not clips:
         raise UserError(
-            f"--data {root}: no videos in it; expected one sub-folder a class, holding {' '.join(sorted(EXTENSIONS))} files"
+            f"--data {root}: no videos in it; expected one sub-folder a class, holding "
+            f"{' '.join(sorted(EXTENSIONS))} files"
         )
     return clips
 
@@ -69,7 +72,8 @@ def _read_csv(file: Path) -> list[Clip]:
         raise UserError(f"--data {file}: is neither a folder nor a CSV file ({error})") from None
     if not rows or "path" not in rows[0]:
         raise UserError(
-            f"--data {file}: needs a header line with at least the column 'path' (then: label, group, split)"
+            f"--data {file}: needs a header line with at least the column 'path' (then: label, "
+            "group, split)"
         )
     clips = []
     for row in rows:
@@ -98,11 +102,13 @@ def read_clips(source: Path | str) -> list[Clip]:
 
 
 def check_classes(clips: list[Clip], source: Path) -> None:
-    """Raises UserError unless there are two classes or more with three clips or more each, enough of them in each part."""
+    """Raises UserError unless there are two classes or more with three clips or more each, enough
+    of them in each part."""
     counts = Counter(clip.label for clip in clips if clip.label and clip.split != "unlabelled")
     if len(counts) < 2:
         raise UserError(
-            f"--data {source}: {len(counts)} class found ({', '.join(counts) or 'none'}); a classifier needs two or more"
+            f"--data {source}: {len(counts)} class found ({', '.join(counts) or 'none'}); a "
+            "classifier needs two or more"
         )
     for label, count in sorted(counts.items()):
         parts = Counter(clip.split for clip in clips if clip.label == label)
@@ -111,7 +117,8 @@ def check_classes(clips: list[Clip], source: Path) -> None:
                 "" if parts[""] else f" ({parts['train']} to train on, {parts['test']} to test on)"
             )
             raise UserError(
-                f"--data {source}: class {label!r} has {count} usable clip{'s' * (count > 1)}{where}; "
+                f"--data {source}: class {label!r} has {count} usable "
+                f"clip{'s' * (count > 1)}{where}; "
                 "each class needs two to train on, for cross-fitting, and one to test on"
             )
 
@@ -140,7 +147,8 @@ def split_by_group(clips: list[Clip], *, test: float = 0.3, seed: int = 0) -> li
         leaks = sorted(sides["test"] & (sides["train"] | sides["unlabelled"]))
         if leaks:
             raise UserError(
-                f"group {leaks[0]!r} is on both sides of the given split: its clips would leak into the test part"
+                f"group {leaks[0]!r} is on both sides of the given split: its clips would leak "
+                "into the test part"
             )
         return [
             c if c.label and c.split != "unlabelled" else replace(c, label="", split="unlabelled")
@@ -168,7 +176,8 @@ def split_by_group(clips: list[Clip], *, test: float = 0.3, seed: int = 0) -> li
         )
     out = []
     for clip in clips:
-        # An unlabelled clip of a test group may still be seen by nobody: its group mates are tested.
+        # An unlabelled clip of a test group may still be seen by nobody: its group mates are
+        # tested.
         if clip.group in chosen:
             if clip.label:
                 out.append(replace(clip, split="test"))

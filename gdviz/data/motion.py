@@ -25,7 +25,8 @@ from gdviz.core.files import UserError, atomic, file_sha256, fingerprint, load_j
 from gdviz.core.processes import over_processes
 
 CLASSES = (
-    "left", "right", "up", "down", "clockwise", "anticlockwise", "grow", "shrink",  # at constant speed
+    # at constant speed
+    "left", "right", "up", "down", "clockwise", "anticlockwise", "grow", "shrink",
     "swing", "bob", "wobble", "pulse",  # to and fro: sideways, up and down, turning, in size
 )  # fmt: skip
 # What moves, and which way; "to and fro" classes have no way.
@@ -64,9 +65,11 @@ class _Texture:
     def paint(
         self, x: np.ndarray, y: np.ndarray, turn: np.ndarray, scale: np.ndarray
     ) -> np.ndarray:
-        """Colours [T, S, S, 3] at axis coordinates x, y [T, S], rotated by ``turn`` and divided by ``scale`` [T].
+        """Colours [T, S, S, 3] at axis coordinates x, y [T, S], rotated by ``turn`` and divided by
+        ``scale`` [T].
 
-        A wave over a rotated grid is a product of a wave in x and a wave in y: no [T, S, S, modes] array.
+        A wave over a rotated grid is a product of a wave in x and a wave in y: no [T, S, S, modes]
+            array.
         """
         rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], -1).reshape(
             -1, 2, 2
@@ -141,11 +144,14 @@ def render(label: int, seed: int, *, size: int = 64, frames: int = 24) -> np.nda
 
 
 def encode(frames: np.ndarray, path: Path, *, fps: int = FPS, **options: str) -> None:
-    """Writes uint8 frames [T, H, W, 3] as an H.264 mp4 file, atomically; ``options`` are libx264's."""
+    """Writes uint8 frames [T, H, W, 3] as an H.264 mp4 file, atomically; ``options`` are
+    libx264's."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        # No B-frames: decord's last frame of such files depends on timing. Below 64 pixels x264's fast paths write
-        # other bytes from run to run (5 to 20 % of videos of 32 pixels; none in 300 encodings of 64).
+        # No B-frames: decord's last frame of such files depends on timing. Below 64 pixels x264's
+        # fast paths write
+        # other bytes from run to run (5 to 20 % of videos of 32 pixels; none in 300 encodings of
+        # 64).
         height, width = frames.shape[1:3]
         # Weighted prediction costs a third of the time and saves nothing here.
         x264 = "weightp=0" + ":no-asm=1" * (min(height, width) < 64)
@@ -173,7 +179,8 @@ def _write(row: dict[str, str], root: Path, size: int, frames: int) -> dict[str,
 
 
 def _plan(cfg: MotionData) -> list[dict[str, str]]:
-    """One row a video. The unlabelled part keeps its motion in the index for audits, never as a label."""
+    """One row a video. The unlabelled part keeps its motion in the index for audits, never as a
+    label."""
     rows, seed = [], cfg.seed * 1_000_000
     for split, per_class in (
         ("train", cfg.labelled),
@@ -207,7 +214,8 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: int | str = 1) ->
         workers: processes that draw and encode.
 
     Returns:
-        The folder, which holds ``index.csv`` (path, label, group, split, motion, seed, sha256, bytes).
+        The folder, which holds ``index.csv`` (path, label, group, split, motion, seed, sha256,
+        bytes).
 
     Raises:
         UserError: the folder exists but one of its files is missing.
@@ -219,7 +227,8 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: int | str = 1) ->
         missing = [row["path"] for row in read_index(root) if not (root / row["path"]).exists()]
         if missing:
             raise UserError(
-                f"{root}: {len(missing)} videos are gone, first {missing[0]}; delete the folder to make it again"
+                f"{root}: {len(missing)} videos are gone, first {missing[0]}; delete the folder to "
+                "make it again"
             )
         if load_json(done)["index_sha256"] == file_sha256(root / "index.csv"):
             return root

@@ -1,4 +1,5 @@
-"""UCF101, HMDB51 and CCV as their authors lay them out: official lists become the clips that a folder or a CSV gives."""
+"""UCF101, HMDB51 and CCV as their authors lay them out: official lists become the clips that a
+folder or a CSV gives."""
 
 from __future__ import annotations
 
@@ -27,17 +28,20 @@ class Source:
 SOURCES = {
     "UCF101": Source(
         "https://www.crcv.ucf.edu/data/UCF101.php",
-        "no licence stated; cut from YouTube videos, whose rights stay with their owners; cite Soomro, Zamir and Shah 2012",
+        "no licence stated; cut from YouTube videos, whose rights stay with their owners; cite "
+        "Soomro, Zamir and Shah 2012",
         "classInd.txt",
     ),
     "HMDB51": Source(
         "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/",
-        "Creative Commons Attribution 4.0, says its page, of a collection cut from films and web videos; cite Kuehne et al. 2011",
+        "Creative Commons Attribution 4.0, says its page, of a collection cut from films and web "
+        "videos; cite Kuehne et al. 2011",
         "*_test_split1.txt",
     ),
     "CCV": Source(
         "https://www.ee.columbia.edu/ln/dvmm/CCV/",
-        "for research; the page gives YouTube identifiers, labels and features after a form, and no videos; cite Jiang et al. 2011",
+        "for research; the page gives YouTube identifiers, labels and features after a form, and "
+        "no videos; cite Jiang et al. 2011",
         "trainVidID.txt",
     ),
 }
@@ -79,7 +83,8 @@ def _ucf101(lists: Path, split: int) -> list[tuple[str, str, str, None]]:
 
 
 def _hmdb51(lists: Path, split: int) -> list[tuple[str, str, str, None]]:
-    """Codes: 1 to train on, 2 to test on; 0 is in neither part, and shares films with the test part: left out."""
+    """Codes: 1 to train on, 2 to test on; 0 is in neither part, and shares films with the test
+    part: left out."""
     rows, end = [], f"_test_split{split}.txt"
     for file in sorted(lists.glob(f"*{end}")):
         label = file.name.removesuffix(end)
@@ -97,7 +102,8 @@ def _hmdb51(lists: Path, split: int) -> list[tuple[str, str, str, None]]:
 
 
 def _ccv(lists: Path, split: int) -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """Videos without a label are unlabelled in training, and negatives of every class in testing."""
+    """Videos without a label are unlabelled in training, and negatives of every class in
+    testing."""
     names, rows = _lines(lists / "categoryName.txt"), []
     if split != 1:
         raise UserError(f"--split {split}: CCV has one split only")
@@ -110,7 +116,8 @@ def _ccv(lists: Path, split: int) -> list[tuple[str, str, str, tuple[str, ...]]]
             len(row) != len(names) or set(row) - {"0", "1"} for row in labels
         ):
             raise UserError(
-                f"{lists / f'{part}Label.txt'}: needs {len(videos)} lines of {len(names)} zeros and ones"
+                f"{lists / f'{part}Label.txt'}: needs {len(videos)} lines of {len(names)} zeros "
+                "and ones"
             )
         for video, row in zip(videos, labels, strict=True):
             several = tuple(name for name, bit in zip(names, row, strict=True) if bit == "1")
@@ -183,7 +190,8 @@ def describe(official: Official) -> str:
     """What is there and what is missing, part by part, and where to get it."""
     source, gone = SOURCES[official.name], set(official.missing)
     lines = [
-        f"{official.name}: {len(official.clips) - len(gone)} of {len(official.clips)} videos, {len(official.classes)} classes"
+        f"{official.name}: {len(official.clips) - len(gone)} of {len(official.clips)} videos, "
+        f"{len(official.classes)} classes"
     ]
     for part in SPLITS:
         if wanted := [c for c in official.clips if c.split == part]:

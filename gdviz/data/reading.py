@@ -1,9 +1,9 @@
 """Frames out of a video file that equal FFmpeg's own full decode, or a reason why there are none.
 
-Containers lie about their length, decoders conceal damage, and seeking may land anywhere. So a file is
-decoded whole by PyAV, once (`verify`): what was counted there is all that later reading (`frames_of`)
-trusts. PyAV reads from the places from which decoding was seen to give the same frames again. Frames far
-from any are read by decord, where it was seen to give them.
+Containers lie about their length, decoders conceal damage, and seeking may land anywhere. So a file
+is decoded whole by PyAV, once (`verify`): what was counted there is all that later reading
+(`frames_of`) trusts. PyAV reads from the places from which decoding was seen to give the same
+frames again. Frames far from any are read by decord, where it was seen to give them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _CHECKED, _APART = (
     4,
     8,
 )  # frames compared after each seek; least distance between two places to seek to
-_NEAR = 128  # frames that PyAV decodes in vain before decord, which is slower to open and to convert, would have been faster
+# frames that PyAV decodes in vain before decord, which is slower to open and to convert, would have
+# been faster
+_NEAR = 128
 _FAR = (
     255**2 / 10**4.5
 )  # a PSNR of 45 dB: decord's frames equal PyAV's, or else differ by more than that in colour
@@ -136,7 +138,8 @@ def _turns(frame: av.VideoFrame) -> int:
 def _keys(
     container: InputContainer, stream: av.VideoStream, marks: list[tuple[int | None, bool, int]]
 ) -> tuple[tuple[int, int], ...]:
-    """The key frames from which decoding gives what the whole pass gave; none when one of them does not."""
+    """The key frames from which decoding gives what the whole pass gave; none when one of them does
+    not."""
     times = [time for time, _, _ in marks]
     if None in times or any(b <= a for a, b in pairwise(times)):
         return ()
@@ -159,7 +162,8 @@ def _keys(
 
 
 class _Sample:
-    """The first frame, two at random, and the last two of a stream whose length shows at its end only."""
+    """The first frame, two at random, and the last two of a stream whose length shows at its end
+    only."""
 
     def __init__(self) -> None:
         self.rng, self.kept, self.last = np.random.default_rng(0), [], deque(maxlen=2)
@@ -193,7 +197,8 @@ def _trust_in_decord(
     turns: int,
     b_frames: bool,
 ) -> int:
-    """How many frames, from the first on, decord is trusted with: it numbers key frames alike and gives the sampled frames."""
+    """How many frames, from the first on, decord is trusted with: it numbers key frames alike and
+    gives the sampled frames."""
     trusted = frames - b_frames  # its last frame of files with B-frames depends on timing
     index, converter = [number for number in sample if number < trusted], VideoReformatter()
     try:
@@ -215,8 +220,8 @@ def verify(path: Path | str) -> VideoInfo:
     """Decodes the whole file once, and a little of it again: by decord, and from each key frame.
 
     Raises:
-        DamagedVideo: unreadable, truncated or corrupt; no video in it, or two; frames that differ in
-            size, or that are to be shown mirrored.
+        DamagedVideo: unreadable, truncated or corrupt; no video in it, or two; frames that differ
+            in size, or that are to be shown mirrored.
     """
     packets, marks, shape, turns, sample = 0, [], None, 0, _Sample()
     with _opened(path) as (container, stream):
@@ -230,7 +235,8 @@ def verify(path: Path | str) -> VideoInfo:
                     shape, turns = (frame.width, frame.height), _turns(frame)
                 if shape != (frame.width, frame.height):
                     raise DamagedVideo(
-                        f"frame {len(marks)} is {frame.width} x {frame.height}, those before {shape[0]} x {shape[1]}"
+                        f"frame {len(marks)} is {frame.width} x {frame.height}, those before "
+                        f"{shape[0]} x {shape[1]}"
                     )
                 sample.add(len(marks), frame)
                 marks.append((frame.pts, frame.key_frame, _digest(frame)))
@@ -301,7 +307,8 @@ def read_square(
     Args:
         path: video file.
         frames: how many to keep; a shorter video repeats some.
-        size: side in pixels; the aspect ratio is not kept, so that the geometry of a crop tells nothing.
+        size: side in pixels; the aspect ratio is not kept, so that the geometry of a crop tells
+            nothing.
         info: what `verify` found; without it the file is verified first.
 
     Returns:
@@ -312,7 +319,8 @@ def read_square(
     """
     info = info or verify(path)
     out = torch.empty(frames, size, size, 3, dtype=torch.uint8)
-    # Of a longer video that decord reads, the last frame is left out where it is not trusted with that.
+    # Of a longer video that decord reads, the last frame is left out where it is not trusted with
+    # that.
     last = ((info.frames > frames and info.by_decord) or info.frames) - 1
     index = np.linspace(0, last, frames).round().astype(int)
     for row, pixels in zip(out, frames_of(path, index, info), strict=True):

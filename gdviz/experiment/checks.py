@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import torch
 
-from gdviz.config import Profile, Schedule
+from gdviz.config import Profile, Range, Schedule
 from gdviz.core import distributed
 from gdviz.core.files import UserError, load_json, save_json
 from gdviz.data.videos import VideoSet
@@ -23,6 +25,7 @@ def check_profile(profile: Profile) -> None:
     Raises:
         UserError: the flag, its value, and what is wanted.
     """
+    check_ranges(profile)
     teachers, distillation, view = profile.teachers, profile.distillation, profile.view
     lists = {
         "--seeds": profile.seeds,
@@ -53,13 +56,33 @@ def check_profile(profile: Profile) -> None:
         "--distillation.schedule": distillation.schedule,
     }
     for flag, schedule in schedules.items():
-        _check_schedule(flag, schedule, distillation.labelled_batch)
+        _check_parts(flag, schedule, distillation.labelled_batch)
     nets = {
         "--teachers.backbone": teachers.backbone,
         "--distillation.student": distillation.student,
     }
     for flag, name in nets.items():
         _named(f"{flag} {name}", lambda name=name: _try_backbone(profile, name))
+
+
+def check_ranges(settings: Any, prefix: str = "--") -> None:
+    """Check every number of a dataclass, and of those in it, against its :class:`Range`.
+
+    Raises:
+        UserError: the flag, its value, and the range.
+    """
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value, flag = getattr(settings, name), prefix + name.replace("_", "-")
+        if is_dataclass(value):
+            check_ranges(value, f"{flag}.")
+            continue
+        several = isinstance(value, tuple)
+        inner = get_args(hint)[0] if several else hint
+        ranges = [a for a in getattr(inner, "__metadata__", ()) if isinstance(a, Range)]
+        for number in value if several else (value,):
+            for allowed in ranges:
+                if number not in allowed:
+                    raise UserError(f"{flag} {number}: needs {allowed}")
 
 
 def _named(flag: str, attempt: Callable[[], object]) -> None:
@@ -84,14 +107,7 @@ def _try_backbone(profile: Profile, name: str) -> None:
         build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
 
 
-def _check_schedule(flag: str, schedule: Schedule, labelled_batch: int) -> None:
-    if schedule.epochs < 1 or schedule.batch < 2:
-        raise UserError(f"{flag}: needs one epoch or more and batches of two or more")
-    within = schedule.accumulate > 0 and 0 <= schedule.ema < 1 and 0 <= schedule.warmup <= 1
-    if not (within and schedule.clip >= 0):
-        raise UserError(
-            f"{flag}: needs accumulate > 0, ema in [0, 1), warmup in [0, 1] and clip >= 0"
-        )
+def _check_parts(flag: str, schedule: Schedule, labelled_batch: int) -> None:
     world = distributed.world()
     if schedule.batch % (world * schedule.accumulate) or labelled_batch % world:
         raise UserError(

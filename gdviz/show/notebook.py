@@ -21,9 +21,9 @@ from gdviz.config import METHODS, PROFILES, Profile
 from gdviz.core.files import UserError, load_tensors
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet, load_motion
-from gdviz.experiment.steps import Run, open_run
+from gdviz.experiment.folder import Run, open_run
 from gdviz.show import plots
-from gdviz.show.bundled import Example, load_jsonl, open_example
+from gdviz.show.bundled import Bundled, open_bundled
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,32 @@ class Session:
 
 
 def check(answer: Any, right: Callable[[Any], Any], hint: str) -> None:
-    """Says whether an exercise's answer is right; ``...`` is one not given yet. Raises AssertionError with the hint."""
+    """Says whether an exercise's answer is right; ``...`` is one not given yet. Raises
+    AssertionError with the hint."""
     if answer is not ...:
         assert bool(right(answer)), hint
     print("not answered yet" if answer is ... else "right")
 
 
 def find_run(root: Path) -> Run:
-    """The newest finished run under ``runs/`` with all methods and two teachers or more, else the verified example."""
+    """Return the newest finished run under ``runs/`` that has what notebooks show.
+
+    That is all default methods and two teachers or more; else the bundled run.
+    """
     done = sorted(root.glob("runs/*/summary.json"), key=lambda file: -file.stat().st_mtime)
-    for folder in (file.parent for file in done if (file.parent / "metrics.jsonl").exists()):
+    for folder in (file.parent for file in done if (file.parent / "results.csv").exists()):
         try:
             run = open_run(folder)
         except UserError:  # made by another version of gdviz
             continue
         if set(METHODS) <= set(run.profile.methods) and len(run.profile.teachers.tasks) > 1:
             return run
-    return open_example(root / "data/example")
+    return open_bundled(root / "data/example")
 
 
 def setup(seed: int = 0, profile: str = "smoke") -> Session:
-    """Seed, threads, device and figure style of a notebook; shows versions and which run is looked at.
+    """Seed, threads, device and figure style of a notebook; shows versions and which run is looked
+    at.
 
     Raises:
         UserError: not started inside the project, or the example is damaged.
@@ -101,7 +106,8 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
     )
     if root is None:
         raise UserError(
-            f"{here} is not inside the gdviz project (no data/example above it); start Jupyter there"
+            f"{here} is not inside the gdviz project (no data/example above it); start Jupyter "
+            "there"
         )
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # read when UMAP is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
@@ -117,7 +123,7 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
     }
     rows |= {"device": device, "threads": torch.get_num_threads(), "seed": seed, "profile": profile}
     rows["looking at"] = f"`{run.folder.relative_to(root)}`" + (
-        " (no finished run under `runs/`)" if isinstance(run, Example) else ""
+        " (no finished run under `runs/`)" if isinstance(run, Bundled) else ""
     )
     display(
         Markdown(

@@ -4,8 +4,8 @@
     TEACHER/bank/index.json          written last: of which videos, seen how; the temperature
 
 A file holds raw ``logits [videos, clips, c]`` and ``features [videos, clips, d]``, the ``fold``
-of labelled videos (else -1), and ``held``, their features out of fold. Logits of labelled videos are
-out of fold. Features are all the teacher's own: those of its copies live in other spaces.
+of labelled videos (else -1), and ``held``, their features out of fold. Logits of labelled videos
+are out of fold. Features are all the teacher's own: those of its copies live in other spaces.
 A :class:`Bank` gives *calibrated* logits, and means over clips unless asked for a clip.
 A safetensors file is a memory map: what training asks for is read, and no more.
 """

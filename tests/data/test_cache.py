@@ -17,7 +17,7 @@ from gdviz.core.files import UserError
 from gdviz.data import cache as caches
 from gdviz.data import reading as reader
 from gdviz.data.clips import pick_frames
-from gdviz.data.videos import VideoSet, load_folder
+from gdviz.data.videos import VideoSet, load_videos
 
 KINDS = {"memmap": np.inf, "jpeg": 34, "transcode": 26}  # dB at least, against raw pixels
 
@@ -29,10 +29,11 @@ def load(video_folder, tmp_path):
     (root / "a" / "a1.mp4").write_bytes(b"no video")
 
     def open_it(kind: str, **changes) -> VideoSet:
-        return load_folder(
+        return load_videos(
             root,
-            View(**{"size": 31, "frames": 10, "cache": kind} | changes),
+            View(**{"size": 31, "frames": 10} | changes),
             tmp_path / "cache",
+            storage=kind,
             workers=1,
         )
 
@@ -105,7 +106,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ):
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=100_000))
-    with pytest.raises(UserError, match=r"needs about 0\.00 GB more .*--view\.cache"):
+    with pytest.raises(UserError, match=r"needs about 0\.00 GB more .*--storage"):
         load("memmap")
     assert not [
         p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != "verified.sqlite"
@@ -148,7 +149,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from gdviz.config import View
 from gdviz.data import cache as caches
-from gdviz.data.videos import load_folder
+from gdviz.data.videos import load_videos
 caches.SHARD, real, calls = 3, caches.read_square, []
 def read(*args):
     calls.append(args)
@@ -156,7 +157,7 @@ def read(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 caches.read_square = read
-load_folder({root!r}, View(size=31, frames=10, cache={kind!r}), {cache!r})
+load_videos({root!r}, View(size=31, frames=10), {cache!r}, storage={kind!r})
 """
 
 
@@ -177,7 +178,7 @@ def test_a_killed_fill_goes_on_with_the_shards_that_are_missing(load, tmp_path, 
     found = load(kind)
     assert calls == ["b1.mp4", "b2.mp4", "b3.mp4", "b4.mp4"]
     assert not list(cache.rglob(".0*"))
-    whole = load_folder(root, View(size=31, frames=10, cache=kind), tmp_path / "calm")
+    whole = load_videos(root, View(size=31, frames=10), tmp_path / "calm", storage=kind)
     assert torch.equal(found.batch(torch.arange(9)), whole.batch(torch.arange(9)))
 
 
@@ -185,7 +186,7 @@ def test_a_killed_fill_goes_on_with_the_shards_that_are_missing(load, tmp_path, 
 def test_a_file_that_kills_its_reader_costs_that_file_only(video_folder, tmp_path, monkeypatch):
     root = video_folder(count=4)
     monkeypatch.setattr(caches, "_fill_shard", jobs.fill_or_die)
-    found = load_folder(root, View(size=16, frames=6), tmp_path / "cache", workers=2)
+    found = load_videos(root, View(size=16, frames=6), tmp_path / "cache", workers=2)
     ((path, reason),) = found.skipped
     assert path.endswith("b1.mp4") and "killed" in reason
     assert (

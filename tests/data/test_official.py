@@ -3,14 +3,12 @@
 from collections import Counter
 
 import pytest
-import torch
 
 from gdviz.config import View
 from gdviz.core.files import UserError
 from gdviz.data.listing import read_clips, split_by_group
 from gdviz.data.official import SOURCES, describe, find_lists, multi_hot, read_official, save_list
-from gdviz.data.videos import load_folder
-from gdviz.experiment.metrics import mean_average_precision
+from gdviz.data.videos import load_videos
 
 # (train, test), as the papers give them
 SIZES = {
@@ -91,7 +89,7 @@ def test_an_official_layout_is_data_for_a_run_and_ccv_is_refused(video_folder, t
             for p, n in (("train", (0, 2)), ("test", (1,)))
         },
     )
-    found = load_folder(root, View(size=16, frames=6), tmp_path / "cache")
+    found = load_videos(root, View(size=16, frames=6), tmp_path / "cache")
     assert Counter(found.splits) == {"train": 4, "test": 2}
     save_list(read_official(root).clips, tmp_path / "list.csv")
     assert [(c.path.name, c.split) for c in read_clips(tmp_path / "list.csv")] == [
@@ -109,7 +107,7 @@ def test_an_official_layout_is_data_for_a_run_and_ccv_is_refused(video_folder, t
         ("-a1.mp4", ("Cat", "Dog"), "train"), ("b2", (), "unlabelled"), ("c3", ("Dog",), "test"),
     ]  # fmt: skip
     with pytest.raises(UserError, match="one class each"):
-        load_folder(tmp_path / "ccv", View(), tmp_path / "cache")
+        load_videos(tmp_path / "ccv", View(), tmp_path / "cache")
     (tmp_path / "ccv" / "testLabel.txt").write_text("0 1 1\n")
     with pytest.raises(UserError, match="needs 1 lines of 2"):
         read_official(tmp_path / "ccv")
@@ -119,13 +117,3 @@ def test_every_source_names_its_page_and_terms():
     for source in SOURCES.values():
         assert source.page.startswith("https://")
         assert "cite" in source.terms
-
-
-def test_mean_average_precision_by_hand():
-    scores = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.9, 0.0], [0.7, 0.2, 0.0], [0.1, 0.8, 0.0]])
-    targets = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]])
-    # Class 0 ranks + - + -: (1 + 2/3) / 2. Class 1 ranks + - + -, too. Class 2 is never there.
-    assert mean_average_precision(scores, targets) == pytest.approx(5 / 6)
-    assert mean_average_precision(targets.float(), targets) == 1
-    with pytest.raises(ValueError, match="every target is zero"):
-        mean_average_precision(scores, torch.zeros_like(targets))

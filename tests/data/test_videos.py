@@ -181,7 +181,7 @@ def test_damaged_videos_are_skipped_with_a_reason(video_folder, tmp_path, how):
     damage(root / "a" / "a1.mp4", how)
     with pytest.raises(DamagedVideo, match=r"\w"):
         read_square(root / "a" / "a1.mp4", 6, 16)
-    found = videos.load_folder(tmp_path / "list.csv", VIEW, tmp_path / "cache")
+    found = videos.load_videos(tmp_path / "list.csv", VIEW, tmp_path / "cache")
     ((path, reason),) = found.skipped
     assert path.endswith("a1.mp4")
     assert reason
@@ -311,15 +311,15 @@ def everything(found: videos.VideoSet) -> torch.Tensor:
 
 def test_cache_is_used_again_and_only_for_the_same_files(video_folder, tmp_path, monkeypatch):
     root = video_folder(count=4)
-    first = videos.load_folder(root, VIEW, tmp_path / "cache")
+    first = videos.load_videos(root, VIEW, tmp_path / "cache")
     shutil.copy(root / "b" / "b0.mp4", root / "a" / "a0.mp4")
-    changed = videos.load_folder(root, VIEW, tmp_path / "cache")
+    changed = videos.load_videos(root, VIEW, tmp_path / "cache")
     assert changed.fingerprint != first.fingerprint
     assert not torch.equal(everything(changed)[0], everything(first)[0])
-    assert videos.load_folder(root, View(size=8, frames=6), tmp_path / "cache").pixels.shape[2] == 8
+    assert videos.load_videos(root, View(size=8, frames=6), tmp_path / "cache").pixels.shape[2] == 8
     monkeypatch.setattr(caches, "read_square", None)
     assert torch.equal(
-        everything(videos.load_folder(root, VIEW, tmp_path / "cache")), everything(changed)
+        everything(videos.load_videos(root, VIEW, tmp_path / "cache")), everything(changed)
     )
 
 
@@ -348,24 +348,24 @@ def test_a_full_disk_while_decoding_leaves_nothing_half_written(
     with monkeypatch.context() as patch:
         patch.setattr(os if where == "fsync" else shutil, where, full)
         with pytest.raises(UserError, match=r"cannot write .*No space left"):
-            videos.load_folder(root, VIEW, tmp_path / "cache")
+            videos.load_videos(root, VIEW, tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").rglob("*") if not p.is_dir()] == [
         "verified.sqlite"
     ]
-    assert len(videos.load_folder(root, VIEW, tmp_path / "cache").splits) == 6
+    assert len(videos.load_videos(root, VIEW, tmp_path / "cache").splits) == 6
 
 
 def test_a_damaged_cache_is_named(video_folder, tmp_path):
     root, cache = video_folder(), tmp_path / "cache"
-    stamp = videos.load_folder(root, VIEW, cache).fingerprint
+    stamp = videos.load_videos(root, VIEW, cache).fingerprint
     (cache / stamp / "metadata.npy").write_bytes(b"short")
     with pytest.raises(UserError, match=f"{stamp} is damaged"):
-        videos.load_folder(root, VIEW, cache)
+        videos.load_videos(root, VIEW, cache)
     (cache / stamp / "index.json").write_text("{")
     with pytest.raises(UserError, match=f"{stamp}.index.json is not JSON"):
-        videos.load_folder(root, VIEW, cache)
+        videos.load_videos(root, VIEW, cache)
     (cache / stamp / "index.json").unlink()
-    assert len(videos.load_folder(root, VIEW, cache).splits) == 6
+    assert len(videos.load_videos(root, VIEW, cache).splits) == 6
 
 
 # --- clips

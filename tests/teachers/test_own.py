@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import memory_set
+from gdviz.teachers.readout import predict
 from torch import nn
 from torchvision.models import WeightsEnum, video
 
@@ -14,7 +15,6 @@ from gdviz.teachers.backbones import Classifier, build_backbone
 from gdviz.teachers.bank import build_graphs, gather
 from gdviz.teachers.fit import fit, outputs_of
 from gdviz.teachers.own import TappedBackbone, TappedClassifier
-from gdviz.teachers.readout import predict
 
 VIEW = View(size=16, frames=6, length=4, stride=1, clips=2)
 TINY = Teachers(fit=Schedule(epochs=1, batch=4, min_steps=2), folds=2)

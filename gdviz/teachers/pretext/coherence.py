@@ -1,4 +1,5 @@
-"""Temporal coherence: of several clips made of the same frames, one moves as the world does (Fernando et al. 2017, odd-one-out)."""
+"""Temporal coherence: of several clips made of the same frames, one moves as the world does
+(Fernando et al. 2017, odd-one-out)."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from gdviz.teachers.backbones import Backbone
 
 
 class TemporalCoherence(nn.Module):
-    """Picks the coherent clip out of three of one video: intact, with its halves swapped, with its second half backwards.
+    """Picks the coherent clip out of three of one video: intact, with its halves swapped, with its
+    second half backwards.
 
-    All three show the same frames, so appearance cannot answer; the spoilt ones differ from the intact
-    one by a jump, or by a sudden return, in the middle. Loss: ``-log softmax_c s(c)`` over the three, a
-    contrast within the video (the choice of candidates is ours). Metric: accuracy. Chance: 1/3.
-    Published (Fernando et al., odd one out of videos' orders) for AlexNet, fine-tuned: 60.3 % on UCF101, 32.5 % on HMDB51.
+    All three show the same frames, so appearance cannot answer; the spoilt ones differ from the
+    intact one by a jump, or by a sudden return, in the middle. Loss: ``-log softmax_c s(c)`` over
+    the three, a contrast within the video (the choice of candidates is ours). Metric: accuracy.
+    Chance: 1/3. Published (Fernando et al., odd one out of videos' orders) for AlexNet, fine-tuned:
+        60.3 % on UCF101, 32.5 % on HMDB51.
     """
 
     metric, chance = "accuracy", 1 / 3
@@ -28,7 +31,8 @@ class TemporalCoherence(nn.Module):
         self.head = nn.Linear(dim, 1)
 
     def views(self, videos: Float[Tensor, "b f 3 h w"], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Clips intact, swapped, returning [3n, 3, t, h, w] and the intact one's place [n]; n = b / 2.
+        """Clips intact, swapped, returning [3n, 3, t, h, w] and the intact one's place [n]; n = b /
+        2.
 
         Half of the batch, because each video is seen three times.
         """

@@ -12,14 +12,17 @@ from gdviz.teachers.backbones import Backbone
 
 
 class MaskedVideo(nn.Module):
-    """Reconstructs the hidden cells of an 8 x 8 grid; a cell is hidden in all frames of a clip (a tube), nine in ten are.
+    """Reconstructs the hidden cells of an 8 x 8 grid; a cell is hidden in all frames of a clip (a
+    tube), nine in ten are.
 
-    Target: cubes of two frames and 3 x 3 pixels (larger videos are averaged down to 24 x 24), each with its own mean and
-    deviation taken out, per colour. Loss: mean squared error over hidden cubes, divided by that of painting the means.
-    Metric: 1 - loss, the share explained (chance 0). Unlike the paper's: a convolutional backbone cannot leave tokens out,
-    so hidden pixels are blanked (grey) and cost time; the decoder is two convolutions on its last maps. Published for a ViT-B,
-    pre-trained on the same set and fine-tuned: 91.3 % on UCF101, 62.6 % on HMDB51. On the embedded data
-    a tiny16 explained 0.01 after 20 passes, and 0.04 with half of the cells hidden.
+    Target: cubes of two frames and 3 x 3 pixels (larger videos are averaged down to 24 x 24), each
+    with its own mean and deviation taken out, per colour. Loss: mean squared error over hidden
+    cubes, divided by that of painting the means.
+    Metric: 1 - loss, the share explained (chance 0). Unlike the paper's: a convolutional backbone
+    cannot leave tokens out, so hidden pixels are blanked (grey) and cost time; the decoder is two
+    convolutions on its last maps. Published for a ViT-B, pre-trained on the same set and
+    fine-tuned: 91.3 % on UCF101, 62.6 % on HMDB51. On the embedded data a tiny16 explained 0.01
+    after 20 passes, and 0.04 with half of the cells hidden.
     """
 
     metric, chance = "explained", 0.0
@@ -29,7 +32,8 @@ class MaskedVideo(nn.Module):
         super().__init__()
         if length < 2:
             raise ValueError(
-                f"length={length}: masked paints cubes of two frames; give it clips of 2 frames or more"
+                f"length={length}: masked paints cubes of two frames; give it clips of 2 frames or "
+                "more"
             )
         self.length, self.stride = length, stride
         self.paint = nn.Sequential(
@@ -37,7 +41,8 @@ class MaskedVideo(nn.Module):
         )
 
     def views(self, videos: Float[Tensor, "b f 3 h w"], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Clips with blanked tubes [b, 3, t, h, w]; whole clips with, as a fourth channel, what is hidden [b, 4, t, h, w]."""
+        """Clips with blanked tubes [b, 3, t, h, w]; whole clips with, as a fourth channel, what is
+        hidden [b, 4, t, h, w]."""
         clips = augment(sample_clips(videos, self.length, self.stride, rng), rng)
         cells = torch.rand(len(clips), self.grid**2, generator=rng).argsort(1) < round(
             self.share * self.grid**2

@@ -1,4 +1,5 @@
-"""Playback pace: tell how many frames were skipped between two frames of a clip (Benaim et al. 2020; Wang et al. 2020)."""
+"""Playback pace: tell how many frames were skipped between two frames of a clip (Benaim et al.
+2020; Wang et al. 2020)."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from gdviz.teachers.backbones import Backbone
 
 
 class PlaybackPace(nn.Module):
-    """Classifies the stride a clip was sampled with, one of 1, 2, 3. Loss: cross-entropy. Chance: 1/3.
+    """Classifies the stride a clip was sampled with, one of 1, 2, 3. Loss: cross-entropy. Chance:
+    1/3.
 
-    Published (Wang et al., together with a contrastive loss) for R(2+1)D, pre-trained on Kinetics and fine-tuned: 77.1 % on
-    UCF101, 36.6 % on HMDB51.
+    Published (Wang et al., together with a contrastive loss) for R(2+1)D, pre-trained on Kinetics
+    and fine-tuned: 77.1 % on UCF101, 36.6 % on HMDB51.
     """
 
     metric, chance = "accuracy", 1 / 3

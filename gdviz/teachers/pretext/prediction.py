@@ -1,4 +1,5 @@
-"""Future-frame prediction: paint the frame that comes next (Srivastava et al. 2015; Vondrick et al. 2016)."""
+"""Future-frame prediction: paint the frame that comes next (Srivastava et al. 2015; Vondrick et al.
+2016)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn.functional import interpolate
 
-from gdviz.core import distributed as ranks
+from gdviz.core import distributed
 from gdviz.data.clips import augment, sample_clips
 from gdviz.teachers.backbones import Backbone
 
@@ -16,8 +17,8 @@ class FuturePrediction(nn.Module):
     """Predicts what changes between a clip's last frame and the frame one stride later.
 
     Loss: mean squared error of the predicted change, divided by that of "nothing changes".
-    Metric: the share of the change explained, 1 - loss (copying the last frame: 0). A ratio of means over
-    the batch, that of all ranks. Its papers report no such number.
+    Metric: the share of the change explained, 1 - loss (copying the last frame: 0). A ratio of
+    means over the batch, that of all ranks. Its papers report no such number.
     """
 
     metric, chance = "explained", 0.0
@@ -43,6 +44,6 @@ class FuturePrediction(nn.Module):
         return last + self.paint(torch.cat([code, last], 1))
 
     def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        still = ranks.gather((target - clips[:, :, -1]).square().mean()[None]).mean()
+        still = distributed.gather((target - clips[:, :, -1]).square().mean()[None]).mean()
         loss = (self.predict(backbone, clips) - target).square().mean() / (still + 1e-6)
         return loss, 1 - loss.detach()

@@ -1,4 +1,5 @@
-"""Geometric registration: estimate the transform between two views (DeTone et al. 2016; Gan et al. 2018)."""
+"""Geometric registration: estimate the transform between two views (DeTone et al. 2016; Gan et al.
+2018)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample, smooth_l1_loss
 
-from gdviz.core import distributed as ranks
+from gdviz.core import distributed
 from gdviz.data.clips import augment, sample_clips
 from gdviz.teachers.backbones import Backbone
 
@@ -19,8 +20,8 @@ class Registration(nn.Module):
 
     One frame of the video is seen by a camera that shifts, turns and zooms at constant speed.
     Target: (dx, dy, angle, log zoom) over the whole path, each divided by its range to lie in
-    [-1, 1]. Loss: smooth L1. Metric: the share of the targets' variance explained (R^2; chance 0). DeTone
-    et al. register images and report corner errors in pixels, which do not compare.
+    [-1, 1]. Loss: smooth L1. Metric: the share of the targets' variance explained (R^2; chance 0).
+    DeTone et al. register images and report corner errors in pixels, which do not compare.
     """
 
     metric, chance = "r2", 0.0
@@ -52,7 +53,7 @@ class Registration(nn.Module):
 
     def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         estimate = self.head(backbone(clips))
-        said, truth = ranks.gather(torch.cat([estimate.detach(), target], 1)).chunk(
+        said, truth = distributed.gather(torch.cat([estimate.detach(), target], 1)).chunk(
             2, 1
         )  # a variance is of the whole batch
         explained = 1 - (said - truth).square().mean() / truth.var(0, correction=0).mean()

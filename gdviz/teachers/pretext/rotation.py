@@ -1,4 +1,5 @@
-"""Rotation: which way up is the video? (3D RotNet, Jing et al. 2018; RotNet, Gidaris et al. 2018)."""
+"""Rotation: which way up is the video? (3D RotNet, Jing et al. 2018; RotNet, Gidaris et al.
+2018)."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from gdviz.teachers.backbones import Backbone
 
 
 class Rotation(nn.Module):
-    """Classifies by how many quarter turns a whole clip was turned. Loss: cross-entropy. Metric: accuracy. Chance: 1/4.
+    """Classifies by how many quarter turns a whole clip was turned. Loss: cross-entropy. Metric:
+    accuracy. Chance: 1/4.
 
-    All four forms of a clip share a batch (Gidaris et al.), so that what is seen cannot answer, only how it stands.
-    Published for a 3D ResNet-18, pre-trained on Kinetics and fine-tuned: 62.9 % on UCF101, 33.7 % on HMDB51.
-    Where the world has no up and down there is little to learn: on the embedded data a tiny16 was right on 0.35 of its
-    training clips after 60 passes.
+    All four forms of a clip share a batch (Gidaris et al.), so that what is seen cannot answer,
+    only how it stands. Published for a 3D ResNet-18, pre-trained on Kinetics and fine-tuned: 62.9 %
+    on UCF101, 33.7 % on HMDB51.
+    Where the world has no up and down there is little to learn: on the embedded data a tiny16 was
+    right on 0.35 of its training clips after 60 passes.
     """
 
     metric, chance = "accuracy", 1 / 4
@@ -28,7 +31,8 @@ class Rotation(nn.Module):
         self.head = nn.Linear(dim, 4)
 
     def views(self, videos: Float[Tensor, "b f 3 h h"], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Clips turned by 0, 90, 180, 270 degrees [4n, 3, t, h, h] and the quarter turns [4n]; n = b / 4: each is seen four times."""
+        """Clips turned by 0, 90, 180, 270 degrees [4n, 3, t, h, h] and the quarter turns [4n]; n =
+        b / 4: each is seen four times."""
         clips = augment(
             sample_clips(videos[: (len(videos) + 3) // 4], self.length, self.stride, rng), rng
         )

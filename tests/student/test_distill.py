@@ -1,0 +1,82 @@
+"""The student's step: which clips it takes; and that hidden labels change nothing."""
+
+from dataclasses import replace
+
+import torch
+from conftest import TINY
+from torch import Generator
+
+from gdviz.core.files import load_tensors
+from gdviz.data.clips import clip_places
+from gdviz.student.distill import Lesson, distill
+from gdviz.student.edges import Graphs, build_graphs, learn_edges
+from gdviz.student.methods import METHODS
+from gdviz.teachers.bank import gather
+from gdviz.teachers.fit import fit_teacher, pretrain
+
+
+def test_a_step_takes_labelled_clips_beside_all_or_instead_of_them(finished):
+    videos = finished.videos()
+    lesson = Lesson(videos, TINY.view, None, None, TINY.distillation, "cpu")
+    rows, labelled = torch.arange(10, 20), set(videos.rows("train").tolist())
+    for name, method in METHODS.items():
+        picked, count = lesson.pick(method, rows, Generator().manual_seed(0))
+        assert len(picked) == TINY.distillation.labelled_batch + 10
+        assert set(picked[:count].tolist()) <= labelled
+        if name == "labels":
+            assert count == len(picked)
+        else:
+            assert torch.equal(picked[count:], rows)
+
+
+def test_clips_are_those_the_teachers_spoke_of(finished):
+    videos, view = finished.videos(), replace(TINY.view, clips=3)
+    lesson = Lesson(videos, view, None, None, TINY.distillation, "cpu")
+    seen, real = [], type(videos).clips
+
+    class Spy:
+        def __getattr__(self, name):
+            return getattr(videos, name)
+
+        def clips(self, rows, length, stride, rng=None, place=0.5):
+            seen.append((rng, place))
+            return real(videos, rows, length, stride, rng, place)
+
+    rows, rng = torch.tensor([0, 5, 7]), Generator().manual_seed(0)
+    spied = replace(lesson, videos=Spy())
+    spied.clips(rows, None, rng)
+    spied.clips(rows, torch.tensor([2, 0, 1]), rng)
+    assert seen[0] == (rng, 0.5)
+    assert seen[1][1].tolist() == [clip_places(3)[c] for c in (2, 0, 1)]
+
+
+def test_a_student_may_be_taught_clip_by_clip(finished):
+    videos = finished.videos()
+    cfg = TINY.distillation
+    args = finished.bank(0, videos), finished.graphs(0), videos, TINY.view
+    whole, by_clip = (
+        distill("logits-graph", *args, replace(cfg, target=target), seed=0)[0]
+        for target in ("video", "clip")
+    )
+    assert not torch.equal(whole.classifier.fc.weight, by_clip.classifier.fc.weight)
+
+
+def test_hidden_labels_change_nothing(finished):
+    """Labels outside the labelled part, replaced by nonsense: the same teachers, edges, student."""
+    torch.set_flush_denormal(True)
+    videos, cfg = finished.videos(), TINY
+    train = torch.tensor([s == "train" for s in videos.splits])
+    noise = torch.randint(12, (len(train),), generator=Generator().manual_seed(0))
+    lying = replace(videos, labels=torch.where(train, videos.labels, noise))
+    readouts = {}
+    for task in cfg.teachers.tasks:
+        view = cfg.view_of(task)
+        backbone, _, _ = pretrain(task, cfg.teachers, view, lying, seed=0)
+        readouts[task] = fit_teacher(backbone, lying, cfg.teachers, view, seed=0)[1]
+    bank = gather(readouts, lying)
+    both = build_graphs(bank, lying.training_rows, cfg.distillation, 16)
+    graphs = Graphs(*both, learn_edges(bank, *both, cfg.distillation.edges, seed=0))
+    student, _ = distill("both-graphs", bank, graphs, lying, cfg.view, cfg.distillation, seed=0)
+    file = finished.student_folder(0, "both-graphs") / "student.safetensors"
+    for key, value in load_tensors(file).items():
+        assert torch.equal(value, student.classifier.state_dict()[key]), key

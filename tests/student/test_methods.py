@@ -1,0 +1,134 @@
+"""Methods: found by name, told apart by what they teach, and never asked for by name elsewhere."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import REPO, TINY
+from torch import Generator
+
+from gdviz.core.files import UserError
+from gdviz.student.distill import Balance, distill
+from gdviz.student.losses import kd_loss
+from gdviz.student.methods import METHODS, Batch, Method, Setting, find_method
+
+NAMES = ("order", "prediction")
+
+
+@pytest.fixture
+def setting(finished):
+    videos = finished.videos()
+    bank, graphs = finished.bank(0, videos), finished.graphs(0)
+    return Setting(bank, graphs, TINY.distillation, videos.training_rows, 16)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    logits, features = torch.randn(8, 12, requires_grad=True), torch.randn(8, 16)
+    rng = Generator().manual_seed(0)
+    return Batch(torch.arange(8), None, logits, features.requires_grad_(), rng)
+
+
+def losses(method, setting, batch, moment=0):
+    return method.losses(batch, setting.bank, setting.graphs.edges, moment)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "labels"] + ["kd-order"])
+def test_every_method_has_finite_losses_that_reach_the_student(setting, batch, name):
+    torch.manual_seed(0)
+    method = find_method(name, NAMES)(setting)
+    found = losses(method, setting, batch)
+    assert tuple(found) == method.terms
+    total = sum(found.values())
+    assert total.isfinite()
+    own = list(method.parameters())
+    grads = torch.autograd.grad(total, [batch.logits, batch.features, *own], allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in grads[:2])
+    assert all(g is not None and g.abs().sum() > 0 for g in grads[2:])
+
+
+@pytest.mark.parametrize("name", ["labels", "kd-uniform", "kd-aekd", "crd", "both-graphs"])
+def test_methods_train_another_student_than_labels(finished, setting, name):
+    videos = finished.videos()
+    short = replace(TINY.distillation.schedule, epochs=1, min_steps=1)
+    cfg = replace(TINY.distillation, schedule=short)
+    fc = []
+    for method in ("labels", name):
+        args = setting.bank, setting.graphs, videos, TINY.view, cfg
+        student, history = distill(method, *args, seed=0)
+        assert math.isfinite(history[-1]["loss"])
+        fc.append(student.classifier.fc.weight)
+    assert torch.equal(*fc) == (name == "labels")
+
+
+def test_kd_from_one_teacher_is_what_a_weight_of_one_says(setting, batch):
+    probs = setting.bank.probs(TINY.distillation.temperature)[batch.rows]
+    best = setting.bank.best_teacher()
+    method = find_method("kd-best", NAMES)(setting)
+    expected = kd_loss(batch.logits, probs[:, [best]], torch.ones(8, 1), 1.0)
+    torch.testing.assert_close(losses(method, setting, batch)["kd"], expected)
+    assert method.notes == {"teacher": NAMES[best]}
+    first = kd_loss(batch.logits, probs[:, :1], torch.ones(8, 1), 1.0)
+    single = find_method("kd-order", NAMES)(setting)
+    torch.testing.assert_close(losses(single, setting, batch)["kd"], first)
+
+
+def test_the_graphs_follow_the_moment(setting, batch):
+    """Every moment's edges listen to another teacher alone: so does the loss."""
+    edges = setting.graphs.edges
+    moments = len(edges.teachers)
+    alone = torch.eye(2)[torch.arange(moments) % 2][:, None].expand_as(edges.teachers)
+    turned = replace(setting, graphs=replace(setting.graphs, edges=replace(edges, teachers=alone)))
+    method = find_method("kd-learned", NAMES)(turned)
+    for moment in range(moments):
+        single = find_method(f"kd-{NAMES[moment % 2]}", NAMES)(setting)
+        same = losses(single, setting, batch)["kd"]
+        torch.testing.assert_close(losses(method, turned, batch, moment)["kd"], same)
+    graph = find_method("logits-graph", NAMES)(turned)
+    values = [float(losses(graph, turned, batch, m)["logits"].detach()) for m in range(moments)]
+    assert len({round(v, 6) for v in values}) == moments  # the consensus moves, too
+
+
+def test_both_graphs_are_the_sum_of_each(setting, batch):
+    torch.manual_seed(0)
+    both = find_method("both-graphs", NAMES)(setting)
+    torch.manual_seed(0)
+    second = find_method("representation-graph", NAMES)(setting)
+    first = find_method("logits-graph", NAMES)(setting)
+    expected = losses(first, setting, batch) | losses(second, setting, batch)
+    found = losses(both, setting, batch)
+    assert all(torch.equal(found[k], expected[k]) for k in expected) and len(found) == 2
+
+
+def test_unknown_methods_and_things_that_are_none():
+    with pytest.raises(UserError, match=r"unknown method 'kd-bets'.*kd-best"):
+        find_method("kd-bets", NAMES)
+    with pytest.raises(UserError, match="math:pi: is no method"):
+        find_method("math:pi", NAMES)
+
+
+def test_one_control_and_one_headline_among_the_defaults():
+    kinds = [find_method(name, NAMES) for name in TINY.methods]
+    assert [k.headline for k in kinds].count(True) == 1
+    assert [k.shuffled for k in kinds].count(True) == 1
+    assert all(issubclass(k, Method) and k.label for k in METHODS.values())
+
+
+def test_no_other_module_knows_a_method_by_its_name():
+    names = "|".join(f"[\"']{re.escape(name)}[\"']" for name in METHODS)
+    for path in (REPO / "gdviz").rglob("*.py"):
+        if path.name not in ("methods.py", "config.py", "weighting.py"):
+            found = re.findall(names, path.read_text())
+            assert set(found) <= {'"labels"'}, path  # "labels" is also a field of data
+
+
+def test_balance_gives_a_loss_its_share_of_the_gradient():
+    features = torch.tensor([1.0, 2.0], requires_grad=True)
+    balance = Balance({"kd": 0.5})
+    ce, kd = (3 * features).sum(), (features**2).sum()
+    balance.measure({"ce": ce, "kd": kd}, features)
+    (share,) = torch.autograd.grad(balance.factor("kd") * kd, features)
+    assert share.norm().item() == pytest.approx(0.5 * 3 * 2**0.5)
