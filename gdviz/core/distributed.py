@@ -128,9 +128,12 @@ def average_gradients(module: nn.Module) -> None:
         flat = torch.cat([grad.flatten() for grad in (*grads, present)]) / world()
         dist.all_reduce(flat)
         *averages, shares = flat.split([p.numel() for p in parameters] + [len(parameters)])
-        for parameter, average, share in zip(parameters, averages, shares, strict=True):
+        for parameter, grad, average, share in zip(
+            parameters, grads, averages, shares, strict=True
+        ):
             if parameter.grad is not None or share > 0:
-                parameter.grad = average.view_as(parameter)
+                # In its own memory format: a fused optimiser looks at the memory only.
+                parameter.grad = grad.copy_(average.view_as(grad))
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -77,6 +77,7 @@ def fingerprint(*values: Any) -> str:
 
 
 def file_sha256(path: Path | str) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -74,6 +74,7 @@ def problem(*, views: bool, norm: bool) -> tuple[nn.Module, Step]:
     torch.manual_seed(7 + distributed.rank())  # ranks need not begin alike
     layers = [nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4) if norm else nn.Tanh(), nn.Flatten()]
     module = nn.Sequential(*layers, nn.Linear(4 * 2 * 4 * 4, 1))
+    module.to(memory_format=torch.channels_last_3d)  # as the backbones' weights are
 
     def step(rows, rng, epoch):
         own = distributed.deal(rows)
