@@ -1,10 +1,12 @@
-"""Which rule for the edges survives bad teachers? On a finished run: two of its teachers, a constant one and a lying one.
+"""Which rule for the edges survives bad teachers? On a finished run: two of its teachers, a
+constant one and a lying one.
 
 The best and the second teacher of each seed (out of fold) stay; a constant teacher says the class
-frequencies, a lying one is a copy of the best that swears every class is another. Students are trained by
-plain distillation from the teachers as each rule weighs them; they share the run's teachers in turn, the
-liar's permutation and the student's own seed differ. ``learned`` is what a run does: the edges of the logits
-graph over a training. Every student is a line of ``--out`` once it is done; started again, it goes on.
+frequencies, a lying one is a copy of the best that swears every class is another. Students are
+trained by plain distillation from the teachers as each rule weighs them; they share the run's
+teachers in turn, the liar's permutation and the student's own seed differ. ``learned`` is what a
+run does: the edges of the logits graph over a training. Every student is a line of ``--out`` once
+    it is done; started again, it goes on.
 """
 
 from __future__ import annotations
@@ -21,91 +23,64 @@ from torch import Generator
 
 from gdviz.core.processes import over_processes
 from gdviz.data.videos import VideoSet
+from gdviz.experiment.folder import Run, open_run
 from gdviz.experiment.metrics import accuracy
-from gdviz.experiment.steps import Run, open_run
-from gdviz.student.distill import distill, kd_weights
-from gdviz.student.edges import Edges, learn_edges
+from gdviz.student.distill import distill
+from gdviz.student.edges import Graphs, build_graphs, learn_edges
+from gdviz.student.methods import Batch, Setting, find_method
 from gdviz.student.weighting import FOLLOW_STUDENT, POLICIES
-from gdviz.teachers.bank import Knowledge, build_graphs
-from gdviz.teachers.readout import predict
+from gdviz.teachers.bank import Bank, predict
 
 RULES = ("learned", *POLICIES)
 TEACHERS = ("good", "fair", "constant", "lying")
 
 
-def with_bad_teachers(knowledge: Knowledge, seed: int) -> Knowledge:
-    """``TEACHERS``; the liar's permutation has no fixed point, or it would tell the truth on some classes."""
-    known, classes = knowledge.labels >= 0, knowledge.logits.shape[-1]
-    right = (knowledge.logits[known].argmax(-1) == knowledge.labels[known, None]).float().mean(0)
+def with_bad_teachers(bank: Bank, seed: int) -> Bank:
+    """``TEACHERS``; the liar's permutation has no fixed point, or it would tell some truth."""
+    known, classes = bank.labels >= 0, bank.logits.shape[-1]
+    right = (bank.logits[known].argmax(-1) == bank.labels[known, None]).float().mean(0)
     good, fair = right.argsort(descending=True)[:2].tolist()
-    best, cycle = (
-        knowledge.logits[:, good],
-        torch.randperm(classes, generator=Generator().manual_seed(seed)),
-    )
+    best = bank.logits[:, good]
+    cycle = torch.randperm(classes, generator=Generator().manual_seed(seed))
     lies = torch.empty_like(cycle).scatter(0, cycle, cycle.roll(1))
-    constant = torch.log(
-        knowledge.labels[known].bincount(minlength=classes) / known.sum()
-    ).expand_as(best)
-    keep = [good, fair, good, good]
-    return replace(
-        knowledge,
-        teachers=TEACHERS,
-        logits=torch.stack([best, knowledge.logits[:, fair], constant, best[:, lies]], 1),
-        features=[knowledge.features[k] for k in keep],
-        held_features=[knowledge.held_features[k] for k in keep],
-    )
+    shares = bank.labels[known].bincount(minlength=classes) / known.sum()
+    logits = [best, bank.logits[:, fair], torch.log(shares).expand_as(best), best[:, lies]]
+    readouts = tuple(bank.readouts[k] for k in (good, fair, good, good))
+    return replace(bank, teachers=TEACHERS, logits=torch.stack(logits, 1), readouts=readouts)
 
 
 @lru_cache(1)
-def setting(run: Run, seed: int) -> tuple[VideoSet, Knowledge, Edges]:
+def setting(run: Run, seed: int) -> tuple[VideoSet, Bank, Graphs]:
     videos, cfg = run.videos(), run.profile.distillation
-    knowledge = with_bad_teachers(
-        run.knowledge(run.profile.seeds[seed % len(run.profile.seeds)], videos), seed
-    )
-    return (
-        videos,
-        knowledge,
-        learn_edges(
-            knowledge, *build_graphs(knowledge, 1, videos.training_rows, cfg), cfg.edges, seed=seed
-        ),
-    )
+    seeds = run.profile.seeds
+    bank = with_bad_teachers(run.bank(seeds[seed % len(seeds)], videos), seed)
+    both = build_graphs(bank, videos.training_rows, cfg)
+    return videos, bank, Graphs(*both, learn_edges(bank, *both, cfg.edges, seed=seed))
 
 
 def measure(run: Run, out: Path | None, seed: int, rule: str) -> list[float | str]:
-    """Rule, seed, epochs, mean weights on training clips at the end, test accuracy of the weighted mixture and of a student (in %).
+    """Rule, seed, epochs, mean weights on training clips at the end, test accuracy of the weighted
+    mixture and of a student (in %).
 
     Without epochs no student is trained, and rules that follow one are left out.
     """
-    (videos, knowledge, edges), cfg = setting(run, seed), run.profile.distillation
-    everything, test, student = (
-        torch.arange(len(videos.splits)),
-        videos.rows("test"),
-        torch.zeros(0),
-    )
-    share = float("nan")
+    (videos, bank, graphs), cfg = setting(run, seed), run.profile.distillation
+    every, test, share = torch.arange(len(videos.splits)), videos.rows("test"), float("nan")
+    logits = torch.zeros(len(every), bank.logits.shape[-1])
     if cfg.schedule.epochs:
-        trained, _ = distill(
-            f"kd-{rule}", knowledge, edges, videos, run.profile.view, cfg, seed=seed
-        )
-        logits, _ = predict(trained.classifier, videos, everything, run.profile.view)
-        student, share = (
-            torch.softmax(logits / cfg.temperature, 1),
-            100 * accuracy(logits[test], videos.labels[test]),
-        )
-    weights = kd_weights(rule, knowledge, edges, knowledge.probs(cfg.temperature))(
-        everything, -1, student
+        args = bank, graphs, videos, run.profile.view, cfg
+        trained, _ = distill(f"kd-{rule}", *args, seed=seed)
+        logits = predict(trained.classifier, videos, every, run.profile.view)[0].mean(1)
+        share = 100 * accuracy(logits[test], videos.labels[test])
+    method = find_method(f"kd-{rule}", TEACHERS)(
+        Setting(bank, graphs, cfg, videos.training_rows, 1)
     )
-    mixture = 100 * accuracy(
-        (weights[..., None] * knowledge.probs()).sum(1)[test], videos.labels[test]
-    )
-    row = [
-        rule,
-        seed,
-        cfg.schedule.epochs,
-        *weights[videos.training_rows].mean(0).tolist(),
-        mixture,
-        share,
-    ]
+    batch = Batch(every, None, logits, torch.zeros(len(every), 1), Generator())
+    weights = method.weights(batch, bank, graphs.edges, -1)
+    mixture = (weights[..., None] * bank.probs()).sum(1)[test]
+    mean_weights = weights[videos.training_rows].mean(0).tolist()
+    right = 100 * accuracy(mixture, videos.labels[test])
+    row = [rule, seed, cfg.schedule.epochs, *mean_weights, right, share]
     if out:
         with open(out, "a", newline="") as file:
             csv.writer(file).writerow(row)

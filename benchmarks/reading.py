@@ -1,9 +1,10 @@
-"""How fast clips are read, from files and from the caches, per second of CPU time, against plain forms of the same.
+"""How fast clips are read, from files and from the caches, per second of CPU time, against plain
+forms of the same.
 
     python benchmarks/reading.py VIDEOS [--rounds 5] [--size 112] [--index-rows 1000000]
 
-``VIDEOS`` is a folder of real videos. All ways of one table take turns clip by clip in one process, on the
-same frames; ratios are medians and quartiles over clips.
+``VIDEOS`` is a folder of real videos. All ways of one table take turns clip by clip in one process,
+on the same frames; ratios are medians and quartiles over clips.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def tell(what: str, table: dict[str, np.ndarray], against: str) -> None:
     for name, spent in table.items():
         low, middle, high = np.quantile(table[against] / spent, (0.25, 0.5, 0.75))
         print(
-            f"{name}, {what}: {np.median(spent):.3f} ms a clip, {middle:.2f}x {against} ({low:.2f} to {high:.2f})",
+            f"{name}, {what}: {np.median(spent):.3f} ms a clip, {middle:.2f}x {against} ({low:.2f} "
+            f"to {high:.2f})",
             flush=True,
         )
 
@@ -77,7 +79,8 @@ def one(read: Callable[[int], np.ndarray], size: int | None) -> Tensor:
 def from_files(
     known: dict[Path, VideoInfo], rounds: int, size: int | None, caches: dict[str, VideoSet]
 ) -> dict[str, np.ndarray]:
-    """Clips of consecutive frames of files; with ``size``, also of what the caches keep of the same videos."""
+    """Clips of consecutive frames of files; with ``size``, also of what the caches keep of the same
+    videos."""
 
     def by(
         read: Callable[[Path, np.ndarray], np.ndarray],
@@ -143,13 +146,15 @@ def caches_of(paths: list[Path], folder: Path, size: int, frames: int = 64) -> d
         ) / len(paths)
         filled = 1e3 * (time.process_time() - start) / len(paths)
         print(
-            f"{kind} cache: {stored / 1e6:.3f} MB a video, filled in {filled:.0f} ms of CPU time each"
+            f"{kind} cache: {stored / 1e6:.3f} MB a video, filled in {filled:.0f} ms of CPU time "
+            "each"
         )
     return sets
 
 
 def from_cache(videos: VideoSet, folder: Path, stride: int) -> dict[str, np.ndarray]:
-    """Batches of eight clips from a cache and a plain memory map: no decoder between them, which would empty the processor's caches."""
+    """Batches of eight clips from a cache and a plain memory map: no decoder between them, which
+    would empty the processor's caches."""
     pixels = videos.batch(torch.arange(len(videos.splits))).numpy()
     pixels.tofile(folder / "pixels.u8")
     raw, span = (
@@ -258,10 +263,14 @@ with closing(sqlite3.connect(sys.argv[1])) as db:
     count = db.execute("SELECT count(*) FROM verdicts").fetchone()[0]
     opened = time.perf_counter() - start
     some = range(0, {rows}, {rows} // 1000)
-    known = [look_up(db, Path(f"/data/videos/class{{i % 400}}/video{{i:08d}}.mp4"), (300_000, 10**18 + i)) for i in some]
+    names = (f"/data/videos/class{{i % 400}}/video{{i:08d}}.mp4" for i in some)
+    stats = ((300_000, 10**18 + i) for i in some)
+    known = [look_up(db, Path(name), stat) for name, stat in zip(names, stats)]
 assert all(info.frames == 200 for info in known)
-print(f"{{count}} rows: opened and counted in {{opened:.2f}} s, 1,000 files looked up by {{time.perf_counter() - start:.2f}} s;",
-      f"{{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f}} MB more than before")
+took = time.perf_counter() - start
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(f"{{count}} rows: opened and counted in {{opened:.2f}} s,",
+      f"1,000 files looked up by {{took:.2f}} s; {{grown:.0f}} MB more than before")
 """
     print(
         subprocess.run(
@@ -291,7 +300,8 @@ def main() -> None:
             p: i for p, i in found.items() if isinstance(i, VideoInfo) and i.frames > LENGTH + 1
         }
         print(
-            f"{len(known)} of {len(paths)} videos, verified in {1e3 * (time.process_time() - start) / len(paths):.0f} ms of CPU time each"
+            f"{len(known)} of {len(paths)} videos, verified in "
+            f"{1e3 * (time.process_time() - start) / len(paths):.0f} ms of CPU time each"
         )
         caches = caches_of(list(known), Path(folder) / "caches", given.size)
         for videos, stride in product(caches.values(), (1, 2)):

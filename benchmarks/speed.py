@@ -1,4 +1,5 @@
-"""How long the two graphs take, next to other forms of the same computation: medians of paired ratios in one run."""
+"""How long the two graphs take, next to other forms of the same computation: medians of paired
+ratios in one run."""
 
 from __future__ import annotations
 
@@ -43,11 +44,14 @@ SIZES = (
     (400, 6),
     (400, 8),
 )  # classes, teachers
-POT_TOL = 1e-3  # of the L2 norm of the marginal error, tested every 10 iterations; ours is of the L1 norm, which is larger
+# of the L2 norm of the marginal error, tested every 10 iterations; ours is of the L1 norm, which is
+# larger
+POT_TOL = 1e-3
 
 
 def once(call: Callable[[], object], least: float = 0.1) -> float:
-    """Seconds a call takes: the mean over as many as fill ``least`` seconds, for what came before leaves caches and threads cold."""
+    """Seconds a call takes: the mean over as many as fill ``least`` seconds, for what came before
+    leaves caches and threads cold."""
     calls, start, spent = 0, time.perf_counter(), 0.0
     while spent < least:
         call()
@@ -58,7 +62,8 @@ def once(call: Callable[[], object], least: float = 0.1) -> float:
 
 
 def compare(title: str, **forms: Callable[[], object]) -> None:
-    """Times the forms in turn until the budget is spent; the first is ours and the unit of the ratios."""
+    """Times the forms in turn until the budget is spent; the first is ours and the unit of the
+    ratios."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for call in forms.values():
         call()  # what is built once: plans, kernels, caches
@@ -74,7 +79,8 @@ def compare(title: str, **forms: Callable[[], object]) -> None:
         ratios = sorted(theirs / mine for theirs, mine in zip(times[name], ours, strict=True))
         spread = f"{ratios[len(ratios) // 4]:.1f} to {ratios[3 * len(ratios) // 4]:.1f}"
         parts.append(
-            f"{name} {statistics.median(ratios):.1f}x ({spread}; best against best {min(times[name]) / min(ours):.1f})"
+            f"{name} {statistics.median(ratios):.1f}x ({spread}; best against best "
+            f"{min(times[name]) / min(ours):.1f})"
         )
     print(f"{title:46}" + "   ".join(parts), flush=True)
 
@@ -116,7 +122,8 @@ def marginal_error(plan: Tensor, a: Tensor, b: Tensor) -> float:
 
 
 def problems(classes: int, teachers: int) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Marginals and ground cost of a batch of 64 clips, every pair of teachers, and what it is called."""
+    """Marginals and ground cost of a batch of 64 clips, every pair of teachers, and what it is
+    called."""
     torch.manual_seed(0)
     count = 64 * (teachers * (teachers - 1) // 2)
     points = torch.randn(classes, 16)
@@ -152,7 +159,8 @@ def transport() -> None:
                 cost.expand(len(a), -1, -1), EPS, a, b, **options
             )
             print(
-                f"POT's marginal error: {marginal_error(forms['POT solve_batch, log']().plan, a, b):.1e}"
+                "POT's marginal error: "
+                f"{marginal_error(forms['POT solve_batch, log']().plan, a, b):.1e}"
             )
         compare(title, **forms)
 
@@ -192,7 +200,8 @@ def ott() -> None:
 
 
 def compact_bilinear(x: Tensor, y: Tensor, h: list[Tensor], s: list[Tensor], out: int) -> Tensor:
-    """Compact bilinear pooling pair by pair: a dense sketch matrix for each factor, complex transforms, and a transform back."""
+    """Compact bilinear pooling pair by pair: a dense sketch matrix for each factor, complex
+    transforms, and a transform back."""
     sketches = []
     for v, place, sign in zip((x, y), h, s, strict=True):
         matrix = torch.zeros(v.shape[1], out, device=v.device)
@@ -345,7 +354,8 @@ def step() -> None:
     network()
     ratio = statistics.median(once(graphs) / (once(network) * batch / part) for _ in range(5))
     print(
-        f"{'both graphs, C=101, K=4, B=64':46}{100 * ratio:.2f} % of a step of r3d_18 at 16x112x112 ({part} clips timed)",
+        f"{'both graphs, C=101, K=4, B=64':46}{100 * ratio:.2f} % of a step of r3d_18 at "
+        f"16x112x112 ({part} clips timed)",
         flush=True,
     )
 

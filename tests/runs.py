@@ -34,13 +34,15 @@ def start(
     run: Run, *more: str, launch: tuple[str, ...] = (sys.executable,), main: tuple[str, ...] = ()
 ) -> subprocess.Popen:
     """``gdviz run`` with small settings, as a process group of its own."""
-    flags = (
-        "--motion.labelled 4 --motion.unlabelled 3 --motion.test 2 --motion.size 32 --motion.frames 12 --view.size 16 --view.frames 12 "
-        "--view.length 4 --teachers.tasks order prediction --teachers.strides 2 1 --teachers.backbone tiny4 --teachers.folds 2 "
-        "--teachers.pretrain.epochs 30 --teachers.pretrain.batch 16 --teachers.fit.epochs 10 --distillation.student tiny4 "
-        "--distillation.schedule.epochs 30 --distillation.schedule.batch 16 --distillation.edges.refreshes 300 --seeds 0 "
-        "--methods labels both-graphs both-shuffled"
-    )
+    flags = """
+        --motion.labelled 4 --motion.unlabelled 3 --motion.test 2 --motion.size 32
+        --motion.frames 12 --view.size 16 --view.frames 12 --view.length 4
+        --teachers.tasks order prediction --teachers.strides 2 1 --teachers.backbone tiny4
+        --teachers.folds 2 --teachers.pretrain.epochs 30 --teachers.pretrain.batch 16
+        --teachers.fit.epochs 10 --distillation.student tiny4
+        --distillation.schedule.epochs 30 --distillation.schedule.batch 16
+        --distillation.edges.refreshes 300 --seeds 0
+        --methods labels both-graphs both-shuffled"""
     command = [
         *launch,
         *(main or ("-m", "gdviz.cli")),

@@ -36,6 +36,7 @@ SHARD, SHARDS = 16, 4096
 
 
 def shard_size(count: int) -> int:
+    """Return how many videos a shard of a set of that size holds."""
     return max(SHARD, -(-count // SHARDS))
 
 

@@ -41,6 +41,7 @@ class Clip:
 
 
 def group_of(path: Path) -> str:
+    """Return the recording that a video was cut from, by its name; by default itself."""
     for pattern in GROUP_PATTERNS.values():
         if match := pattern.match(path.stem):
             return match.group(1)

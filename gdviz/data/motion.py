@@ -31,10 +31,19 @@ CLASSES = (
 )  # fmt: skip
 # What moves, and which way; "to and fro" classes have no way.
 MOTIONS = {
-    "left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1), "swing": ("x", 0), "bob": ("y", 0),
-    "clockwise": ("turn", 1), "anticlockwise": ("turn", -1), "wobble": ("turn", 0),
-    "grow": ("size", 1), "shrink": ("size", -1), "pulse": ("size", 0),
-}  # fmt: skip
+    "left": ("x", -1),
+    "right": ("x", 1),
+    "up": ("y", -1),
+    "down": ("y", 1),
+    "clockwise": ("turn", 1),
+    "anticlockwise": ("turn", -1),
+    "grow": ("size", 1),
+    "shrink": ("size", -1),
+    "swing": ("x", 0),
+    "bob": ("y", 0),
+    "wobble": ("turn", 0),
+    "pulse": ("size", 0),
+}
 STEP = {"x": 0.075, "y": 0.075, "turn": 0.28, "size": 0.08}  # a frame, at speed 1
 FPS = 12
 VERSION = 3  # raise when the renderer changes: sets made by the old one are then made again
@@ -254,5 +263,6 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: int | str = 1) ->
 
 
 def read_index(root: Path) -> list[dict[str, str]]:
+    """Return the rows of a set's ``index.csv``."""
     with open(root / "index.csv", newline="") as file:
         return list(csv.DictReader(file))

@@ -1,4 +1,5 @@
-"""Caches of any kind give the frames of the plain one, are made again where they stood, and never of anything else."""
+"""Caches of any kind give the frames of the plain one, are made again where they stood, and never
+of anything else."""
 
 import shutil
 import signal
@@ -24,7 +25,8 @@ KINDS = {"memmap": np.inf, "jpeg": 34, "transcode": 26}  # dB at least, against 
 
 @pytest.fixture
 def load(video_folder, tmp_path):
-    """``load(kind)``: ten videos of two classes, one damaged, through a cache with shards of three."""
+    """``load(kind)``: ten videos of two classes, one damaged, through a cache with shards of
+    three."""
     root = video_folder(count=5)
     (root / "a" / "a1.mp4").write_bytes(b"no video")
 

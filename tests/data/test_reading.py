@@ -1,4 +1,5 @@
-"""Reading that never lies: frames are those of FFmpeg's own full decode, or the file is refused by name."""
+"""Reading that never lies: frames are those of FFmpeg's own full decode, or the file is refused by
+name."""
 
 import os
 import random

@@ -1,4 +1,5 @@
-"""Videos: the embedded set tells nothing but its motion, bad files are named and skipped, splits do not leak."""
+"""Videos: the embedded set tells nothing but its motion, bad files are named and skipped, splits do
+not leak."""
 
 import csv
 import errno
@@ -53,7 +54,8 @@ def test_a_seed_names_the_pixels():
 
 
 def frame_p_value(frames: np.ndarray, labels: np.ndarray) -> float:
-    """Bonferroni-corrected Kruskal-Wallis test of brightness (whole, quarters) and contrast against the class."""
+    """Bonferroni-corrected Kruskal-Wallis test of brightness (whole, quarters) and contrast against
+    the class."""
     n, side = len(frames), frames.shape[1] // 2
     grey = frames.mean(-1)
     quarters = grey.reshape(n, 2, side, 2, side).mean((2, 4)).reshape(n, 4)
@@ -325,7 +327,8 @@ def test_cache_is_used_again_and_only_for_the_same_files(video_folder, tmp_path,
 
 @pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(tmp_path):
-    # At 32 pixels x264's vector code differs from run to run on a few videos in thousands; at 64 it was never seen to.
+    # At 32 pixels x264's vector code differs from run to run on a few videos in thousands; at 64 it
+    # was never seen to.
     one, two = (
         videos.load_motion(replace(SMALL, size=64), VIEW, tmp_path / str(n), workers=n)
         for n in (1, 2)
