@@ -46,6 +46,9 @@ class Classifier(nn.Module):
 class Renormalise(nn.Module):
     """Turn ``(x - 0.5) / 0.25``, as this package scales clips, into ``(x - mean) / std``."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         shape = (1, 3, 1, 1, 1)
@@ -123,7 +126,7 @@ def _from_zoo(name: str, kinetics: bool) -> Backbone:
 
 
 def _load_kinetics(net: nn.Module, name: str) -> None:
-    weights = get_model_weights(name).DEFAULT
+    weights = get_model_weights(name)["DEFAULT"]
     try:
         state = weights.get_state_dict(check_hash=True, progress=False)
     except (OSError, RuntimeError) as error:

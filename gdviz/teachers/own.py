@@ -1,18 +1,14 @@
-"""Teachers of your own: any video network, its features and logits read where they arise.
-
-The network itself stays as it is. Name a function that returns a :class:`Teacher` as MODULE:NAME
-wherever a teacher is asked for; a class that is a :class:`~gdviz.teachers.pretext.PretextTask` may
-stand there as well (docs/own.md).
-"""
+"""Networks of your own as teachers, each left as it is and asked in its own view (docs/own.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from inspect import signature
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,9 +23,9 @@ from gdviz.teachers.pretext import TASKS, PretextTask
 
 @dataclass(frozen=True)
 class OwnView:
-    """How a network wants its clips: scaled to [0, 1], then ``(x - mean) / std`` of each colour."""
+    """How a network wants its clips; colours are ``(x - mean) / std`` of values in [0, 1]."""
 
-    size: int  # side, in pixels
+    size: int  # pixels of a side
     length: int  # frames
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -38,39 +34,31 @@ class OwnView:
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A video network that a student may learn from.
-
-    Attributes:
-        view: how it wants its clips.
-        fitted: its logits are over the classes of the data already. It must not have seen the
-            labelled videos: what it says of them counts as out of fold.
-    """
+    """A ``torch.nn.Module`` of this shape; :class:`Tapped` makes one of any video network."""
 
     view: OwnView
-    fitted: bool
+    fitted: bool  # its logits are over the data's classes; it must not have seen labelled videos
 
-    def __call__(self, clips: Tensor) -> tuple[Tensor | None, Tensor]:
+    def __call__(self, clips: Tensor, /) -> tuple[Tensor | None, Tensor]:
         """Return logits [b, c], or None unless fitted, and features [b, d] of clips in its view."""
+        ...
 
 
 class Tapped(nn.Module):
-    """A :class:`Teacher` made of any network, by hooks: its features are the mean over tokens, or
-    over space and time, of what the module at ``features`` returns.
+    """Read features, and logits, of any network by hooks that live no longer than a call.
+
+    Features are the mean over tokens, or over time and space, of what a module returns.
 
     Args:
         net: takes clips in ``view``.
-        features: path of the module to read, as in ``net.named_modules()``; "" is the network's
-            own output.
+        features: path of the module to read, as in ``net.named_modules()``; "" is the network.
         view: how the network wants its clips.
-        logits: path of the module whose output are logits over the data's classes; None: a head
-            is fitted on the features.
-        channels: axis of the features; by default 1 of maps [b, d, t, h, w] and the last of
-            tokens [b, n, d].
-        frozen: only a head is ever fitted on it, and no gradient is kept.
+        logits: path of the module that returns logits over the data's classes; None: it has none.
+        channels: axis of the features; by default 1 of maps [b, d, t, h, w], else the last.
+        frozen: the network stays in eval mode and keeps no gradient; only a head is fitted on it.
 
     Raises:
-        ValueError: on use: no such module (near names are listed), one that is not run, or an
-            output without features.
+        UserError: no such module, one that the network runs without, or an output without features.
     """
 
     def __init__(
@@ -84,145 +72,158 @@ class Tapped(nn.Module):
         frozen: bool = True,
     ) -> None:
         super().__init__()
-        self.net, self.view, self.frozen, self.channels = net, view, frozen, channels
-        self.features, self.logits = features, logits
-
-    @property
-    def fitted(self) -> bool:
-        return self.logits is not None
+        self.net, self.view, self.channels, self.frozen = net, view, channels, frozen
+        self.fitted = logits is not None
+        self.paths = {"features": features} | ({} if logits is None else {"logits": logits})
+        names = [name for name, _ in net.named_modules()]
+        for argument, path in self.paths.items():
+            if path not in names:
+                near = ", ".join(get_close_matches(path, names, 5, 0.3) or names[1:6])
+                kind = type(net).__name__
+                raise UserError(f"{argument}={path!r}: no such module in {kind}; near: {near}")
 
     def extra_repr(self) -> str:
-        return f"{self.features!r}, {self.view}, logits={self.logits!r}, channels={self.channels}"
+        return f"{self.paths}, channels={self.channels}, frozen={self.frozen}"
 
     def train(self, mode: bool = True) -> Tapped:
         return super().train(mode and not self.frozen)
 
-    def read(self, clips: Tensor, **paths: str) -> list[Tensor]:
-        """Run the network; return what the modules at ``paths`` return, by argument name."""
-        names, seen = [name for name, _ in self.net.named_modules()], {}
-        with ExitStack() as hooks, torch.no_grad() if self.frozen else nullcontext():
-            for argument, path in paths.items():
-                if path not in names:
-                    near = get_close_matches(path, names, 5, 0.3) or names[1:6]
-                    kind = type(self.net).__name__
-                    raise ValueError(
-                        f"{argument}={path!r}: no such module in {kind}; near: {', '.join(near)}"
-                    )
-                keep = partial(seen.__setitem__, path)
-                module = self.net.get_submodule(path)
-                hook = module.register_forward_hook(lambda *call, keep=keep: keep(call[-1]))
-                hooks.enter_context(hook)
+    def forward(self, clips: Tensor) -> tuple[Tensor | None, Tensor]:
+        found: dict[str, Any] = {}
+        learns = torch.is_grad_enabled() and not self.frozen
+        with ExitStack() as hooks, torch.set_grad_enabled(learns):
+            for argument, path in self.paths.items():
+                hook = partial(_keep, found, argument)
+                hooks.enter_context(self.net.get_submodule(path).register_forward_hook(hook))
             self.net(clips)
-        if idle := [f"{argument}={p!r}" for argument, p in paths.items() if p not in seen]:
-            raise ValueError(f"{', '.join(idle)}: the network runs without it; read another module")
-        return [_tensor(seen[path], path) for path in paths.values()]
+        for argument, path in self.paths.items():
+            if argument not in found:
+                raise UserError(f"{argument}={path!r}: the network runs without this module")
+            found[argument] = _first_tensor(found[argument], f"{argument}={path!r}")
+        return found.get("logits"), self._pool(found["features"])
 
-    def pool(self, maps: Tensor) -> Float[Tensor, "b d"]:
-        """Return the mean over all axes but the batch's and the channels'."""
-        if maps.ndim not in (2, 3, 5):
-            raise ValueError(
-                f"features={self.features!r}: [b, d], [b, n, d] or [b, d, t, h, w] wanted, "
-                f"not {list(maps.shape)}"
-            )
+    def _pool(self, maps: Tensor) -> Float[Tensor, "b d"]:
+        """Take the mean over all axes but the batch's and the channels'."""
+        if maps.ndim == 2:
+            return maps
+        if maps.ndim not in (3, 5):
+            path, wanted = self.paths["features"], "[b, d], [b, n, d] or [b, d, t, h, w]"
+            raise UserError(f"features={path!r}: wanted are {wanted}, not {list(maps.shape)}")
         channels = self.channels
         if channels is None:
             channels = 1 if maps.ndim == 5 else -1
-        return maps.movedim(channels, 1).flatten(2).mean(2) if maps.ndim > 2 else maps
-
-    def forward(self, clips: Tensor) -> tuple[Tensor | None, Float[Tensor, "b d"]]:
-        if self.logits is None:
-            return None, self.pool(self.read(clips, features=self.features)[0])
-        maps, logits = self.read(clips, features=self.features, logits=self.logits)
-        return logits, self.pool(maps)
+        return maps.movedim(channels, 1).flatten(2).mean(2)
 
 
-def _tensor(output: Any, path: str) -> Tensor:
-    """The tensor of an output that may be a tuple, or a mapping as Hugging Face's."""
-    parts = output.values() if isinstance(output, Mapping) else output
-    if isinstance(output, Tensor):
-        return output
-    for part in parts if isinstance(parts, Iterable) else ():
+def _keep(found: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    found[name] = output
+
+
+def _first_tensor(output: Any, where: str) -> Tensor:
+    """Return the first tensor of an output that may be a tuple, or a mapping as Hugging Face's."""
+    parts = list(output.values()) if isinstance(output, Mapping) else output
+    for part in parts if isinstance(parts, list | tuple) else [parts]:
         if isinstance(part, Tensor):
             return part
-    raise ValueError(f"{path!r} returns {type(output).__name__}, in which there is no tensor")
+    raise UserError(f"{where}: returns {type(output).__name__}, in which there is no tensor")
 
 
 class OwnBackbone(Backbone):
-    """A :class:`Teacher` as a backbone: clips as this package scales them are brought into its
-    view.
+    """A teacher as a backbone: clips as this package scales them are brought into its view.
 
-    Frames are resampled to its length and pixels to its size. A fitted one serves as a classifier,
-    too: then a call returns (logits, features).
+    Its ``repr`` and its weights tell all that its features depend on.
+
+    Raises:
+        UserError: features are not [b, d].
     """
 
+    fitted = False  # a head is wanted; see OwnClassifier
+
     def __init__(self, teacher: Teacher) -> None:
-        net = teacher if isinstance(teacher, nn.Module) else _Called(teacher)
-        super().__init__(net, 0)
-        self.view, self.fitted = teacher.view, teacher.fitted
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        self.scale = Renormalise(self.view.mean, self.view.std).to(device)
-        mode = net.training
+        super().__init__(cast(nn.Module, teacher), 0)
+        self.view = view = teacher.view
+        device = next((p.device for p in self.trunk.parameters()), torch.device("cpu"))
+        self.scale = Renormalise(view.mean, view.std).to(device)
+        mode = self.trunk.training
         self.eval()
         with torch.no_grad():
-            clip = torch.zeros(1, 3, self.view.length, self.view.size, self.view.size)
-            self.dim = self._ask(clip.to(device))[1].shape[1]
+            clip = torch.zeros(1, 3, view.length, view.size, view.size, device=device)
+            logits, features = self.read(clip)
         self.train(mode)
+        if features.ndim != 2:
+            raise UserError(f"a teacher's features are [b, d], not {list(features.shape)}")
+        self.dim, self.classes = features.shape[1], None if logits is None else logits.shape[1]
 
     def extra_repr(self) -> str:
-        return f"{self.view}, fitted={self.fitted}"
+        return repr(self.view)
 
-    def _ask(self, clips: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor | None, Tensor]:
+    def read(self, clips: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor | None, Tensor]:
+        """Return the teacher's logits [b, c], or None, and features [b, d]."""
         view, frames = self.view, clips.shape[2]
         size = (frames, view.size, view.size)
         clips = interpolate(self.scale(clips), size, mode="trilinear", align_corners=False)
         clips = clips[:, :, torch.linspace(0, frames - 1, view.length).round().long()]
         return self.trunk(clips.transpose(1, 2) if view.frames_first else clips)
 
-    def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> Any:
-        logits, features = self._ask(clips)
-        return (logits, features) if self.fitted else features
+    def maps(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d 1 1 1"]:
+        """Return features as maps of one cell: the teacher has pooled them."""
+        return self.read(clips)[1][:, :, None, None, None]
 
 
-class _Called(nn.Module):
-    """A teacher that is no module."""
+class OwnClassifier(OwnBackbone):
+    """A fitted teacher: it needs no head, and a call returns logits and features."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        super().__init__()
-        self.teacher = teacher
+    fitted = True
 
-    def extra_repr(self) -> str:
-        return repr(self.teacher)
-
-    def forward(self, clips: Tensor) -> tuple[Tensor | None, Tensor]:
-        return self.teacher(clips)
-
-
-def build_classifier(backbone: Backbone, classes: int) -> nn.Module:
-    """Return a module of clips -> (logits [b, c], features [b, d]); a fitted teacher is one."""
-    if isinstance(backbone, OwnBackbone) and backbone.fitted:
-        return backbone
-    return Classifier(backbone, classes)
+    def forward(  # type: ignore[override]
+        self, clips: Float[Tensor, "b 3 t h w"]
+    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
+        logits, features = self.read(clips)
+        assert logits is not None, "a fitted teacher returns logits"
+        return logits, features
 
 
-def find_source(name: str) -> type[PretextTask] | OwnBackbone:
-    """Return the pretext task of that name, or a network of the user's own, MODULE:NAME.
+def build_classifier(backbone: Backbone, classes: int) -> Classifier | OwnClassifier:
+    """Return a module whose call gives logits [b, c] and features [b, d] of clips.
 
-    A function is called without arguments and with a fixed seed, so that parts it draws are the
-    same in every process and when a run goes on.
+    That is the backbone with a new head, or a fitted teacher as it is.
 
     Raises:
-        UserError: there is no such thing, or it is neither a task nor a teacher.
+        UserError: a fitted teacher has logits over another number of classes.
+    """
+    if not isinstance(backbone, OwnClassifier):
+        return Classifier(backbone, classes)
+    if backbone.classes != classes:
+        raise UserError(
+            f"this teacher's logits are over {backbone.classes} classes, but the data has "
+            f"{classes}; read its features only"
+        )
+    return backbone
+
+
+def find_source(name: str) -> Callable[[int, int, int], PretextTask] | OwnBackbone:
+    """Return what a teacher is made from: a pretext task's class, or a network of the user's own.
+
+    Args:
+        name: of ``TASKS``; or MODULE:NAME of a task's class, or of a function that returns a
+            :class:`Teacher`. What that function draws is the same at every call.
+
+    Raises:
+        UserError: there is no such thing, or it is something else.
     """
     found = resolve(name, TASKS, "task")
     if isinstance(found, type) and hasattr(found, "views"):
+        if lacking := [part for part in ("metric", "chance") if not hasattr(found, part)]:
+            raise UserError(f"{name}: a pretext task needs {' and '.join(lacking)}, too")
         return found
-    if callable(found):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            found = found()
-    if not (isinstance(getattr(found, "view", None), OwnView) and callable(found)):
-        raise UserError(
-            f"{name}: gives {type(found).__name__}; wanted is a pretext task (a class) or a "
-            "function that returns a teacher, such as gdviz.teachers.own.Tapped"
-        )
-    return OwnBackbone(found)
+    wanted = "name a pretext task's class, or a function that returns a Teacher (docs/own.md)"
+    try:
+        signature(found).bind()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {error}; {wanted}") from None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = found()
+    if not isinstance(teacher, nn.Module) or not isinstance(teacher, Teacher):
+        raise UserError(f"{name}: returned {type(teacher).__name__}; {wanted}")
+    return OwnClassifier(teacher) if teacher.fitted else OwnBackbone(teacher)

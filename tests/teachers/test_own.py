@@ -1,30 +1,37 @@
-"""Networks of others as teachers: read where they say, left as they were, and through to a loss."""
+"""Networks of others as teachers: read at the right place, left as they were, and distilled."""
 
-from urllib.error import URLError
+import copy
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import memory_set
 from torch import nn
-from torchvision.models import WeightsEnum, video
+from torchvision.models import video
 
 from gdviz.config import Distillation, Schedule, Teachers, View
 from gdviz.core.files import UserError
 from gdviz.student.edges import build_graphs
 from gdviz.teachers.backbones import Classifier, build_backbone
-from gdviz.teachers.bank import gather, predict
+from gdviz.teachers.bank import gather, predict, stamp_of
 from gdviz.teachers.fit import fit, fit_teacher
-from gdviz.teachers.own import OwnBackbone, OwnView, Tapped, Teacher, find_source
-from gdviz.teachers.pretext import TASKS
+from gdviz.teachers.own import (
+    OwnBackbone,
+    OwnClassifier,
+    OwnView,
+    Tapped,
+    Teacher,
+    build_classifier,
+    find_source,
+)
+from gdviz.teachers.pretext import FrameOrder
 
 VIEW = View(size=16, frames=6, length=4, stride=1, clips=2)
 TINY = Teachers(fit=Schedule(epochs=1, batch=4, min_steps=2), folds=2)
-OURS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}  # as this package scales clips
-
-
-def tap(net, features, size, length=4, *, view=None, **options):
-    return OwnBackbone(Tapped(net, features, OwnView(size, length, **view or {}), **options))
+PLAIN = {"mean": (0.5,) * 3, "std": (0.25,) * 3}  # as this package scales clips
+SMALL, LARGE = OwnView(16, 4), OwnView(32, 4)
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +52,17 @@ def swin():
     return video.swin3d_t(num_classes=3).eval()
 
 
-def videomae():
-    transformers = pytest.importorskip("transformers", reason="needs gdviz[hub]")
+def r3d(classes=3):
     torch.manual_seed(0)
-    config = transformers.VideoMAEConfig(
-        image_size=32,
-        patch_size=16,
-        num_labels=3,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_frames=4,
-    )
-    return transformers.VideoMAEForVideoClassification(config).eval()
+    return video.r3d_18(num_classes=classes).eval()
 
 
-def as_input(clips, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    """Colours in [0, 1], resized frame by frame, normalised the network's way."""
-    resize = nn.functional.interpolate
-    frames = [resize(f * 0.25 + 0.5, (size, size), mode="bilinear") for f in clips.unbind(2)]
-    mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in (mean, std))
-    return (torch.stack(frames, 2) - mean) / std
+def as_input(clips, view):
+    """Colours in [0, 1], resized frame by frame, normalised as the network wants them."""
+    resize = nn.Upsample((view.size, view.size), mode="bilinear")
+    frames = torch.stack([resize(frame * 0.25 + 0.5) for frame in clips.unbind(2)], 2)
+    mean, std = (torch.tensor(colours).view(3, 1, 1, 1) for colours in (view.mean, view.std))
+    return (frames - mean) / std
 
 
 def hooks_of(net):
@@ -74,36 +70,40 @@ def hooks_of(net):
 
 
 def test_swin_is_read_where_its_head_reads(swin, clips):
-    """The head on the features gives the logits: they are what the network calls features."""
-    tokens = tap(swin, "norm", 32, channels=-1, logits="")  # [b, t, h, w, d]
-    logits, features = tokens(clips)
+    """The head on the features gives the logits: they are what the network itself calls so."""
+    teacher = Tapped(swin, "norm", LARGE, logits="", channels=-1)  # tokens [b, t, h, w, d]
+    assert isinstance(teacher, Teacher) and teacher.fitted
+    logits, features = OwnClassifier(teacher)(clips)
     with torch.no_grad():
-        torch.testing.assert_close(logits, swin(as_input(clips, 32)))
+        torch.testing.assert_close(logits, swin(as_input(clips, LARGE)))
         torch.testing.assert_close(swin.head(features), logits)
-    torch.testing.assert_close(tap(swin, "avgpool", 32)(clips), features)  # [b, d, 1, 1, 1]
-    assert tokens.dim == features.shape[1] == 768
+    pooled = OwnBackbone(Tapped(swin, "avgpool", LARGE))  # maps [b, d, 1, 1, 1]
+    torch.testing.assert_close(pooled(clips), features)
+    assert pooled.dim == features.shape[1] == 768
     assert hooks_of(swin) == 0
 
 
 def test_r3d_agrees_with_the_backbone_of_the_zoo(clips):
-    torch.manual_seed(0)
-    net = video.r3d_18(num_classes=3).eval()
-    ours = build_backbone("r3d_18").eval()
-    state = dict(zip(ours.trunk.state_dict(), net.state_dict().values(), strict=False))
-    ours.trunk.load_state_dict(state)
-    torch.testing.assert_close(
-        tap(net, "layer4", 16, view=OURS)(clips), ours(clips), atol=1e-5, rtol=1e-4
-    )
+    net, ours = r3d(), build_backbone("r3d_18").eval()
+    weights = zip(ours.trunk.state_dict(), net.state_dict().values(), strict=False)
+    ours.trunk.load_state_dict(dict(weights))
+    read = OwnBackbone(Tapped(net, "layer4", OwnView(16, 4, **PLAIN)))
+    torch.testing.assert_close(read(clips), ours(clips), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layer", ["videomae.encoder.layer.1", "videomae"])
 def test_videomae_tokens_are_pooled_and_outputs_unpacked(clips, layer):
-    net = videomae()
-    hooks = hooks_of(net)
-    logits, features = tap(net, layer, 32, view={"frames_first": True}, logits="")(clips)
+    transformers = pytest.importorskip("transformers", reason="needs gdviz[hub]")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    size = {"image_size": 32, "patch_size": 16, "num_frames": 4, "intermediate_size": 32}
+    config = transformers.VideoMAEConfig(**small, **size)
+    net = transformers.VideoMAEForVideoClassification(config).eval()
+    hooks, view = hooks_of(net), OwnView(32, 4, frames_first=True)
+    logits, features = OwnClassifier(Tapped(net, layer, view, logits=""))(clips)
     assert hooks_of(net) == hooks
     with torch.no_grad():
-        whole = net(as_input(clips, 32).transpose(1, 2), output_hidden_states=True)
+        whole = net(as_input(clips, view).transpose(1, 2), output_hidden_states=True)
     torch.testing.assert_close(logits, whole.logits)
     torch.testing.assert_close(features, whole.hidden_states[-1].mean(1))
 
@@ -115,136 +115,190 @@ def test_clips_are_resampled_in_time():
             return super().forward(x)
 
     net = Frames(3, 2, 1)
-    own = tap(net, "", 8, 3, view=OURS)
-    own(torch.arange(9.0).view(1, 1, 9, 1, 1).expand(1, 3, 9, 8, 8))
+    backbone = OwnBackbone(Tapped(net, "", OwnView(8, 3, **PLAIN)))
+    backbone(torch.arange(9.0).view(1, 1, 9, 1, 1).expand(1, 3, 9, 8, 8))
     assert net.seen[0, 0, :, 0, 0].tolist() == [0, 4, 8]
 
 
-def test_frozen_networks_stay_in_eval_and_keep_no_gradient(clips):
-    net = video.r3d_18(num_classes=3).train()
-    frozen = tap(net, "layer4", 16)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
+def test_frozen_networks_stay_in_eval_mode_and_keep_no_gradient(clips):
+    net = r3d().train()
+    frozen = OwnBackbone(Tapped(net, "layer4", SMALL))
+    before = copy.deepcopy(net.state_dict())
     assert not frozen.train()(clips).requires_grad
     assert not any(module.training for module in net.modules())
-    tap(net, "layer4", 16, frozen=False).train()(clips).sum().backward()
-    assert net.training and net.layer4[0].conv1[0].weight.grad is not None
-    running = [not torch.equal(v, before[k]) for k, v in net.state_dict().items()]
-    assert any(running) and hooks_of(net) == 0
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    learning = OwnBackbone(Tapped(net, "layer4", SMALL, frozen=False)).train()
+    learning(clips).sum().backward()
+    assert net.training and net.layer4[0].conv1[0].weight.grad.abs().sum() > 0
+    changed = [k for k, v in net.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed and all("running" in k or "num_batches" in k for k in changed)
 
 
-class Says(nn.Module):
-    def __init__(self, answer):
+def test_a_stamp_tells_how_a_network_is_read(videos):
+    teachers = [
+        Tapped(r3d(), "layer4", SMALL),
+        Tapped(r3d(), "layer3", SMALL),
+        Tapped(r3d(), "layer4", LARGE),
+        Tapped(r3d(), "layer4", SMALL, channels=2),
+        Tapped(r3d(), "layer4", OwnView(16, 4, **PLAIN)),
+        Tapped(r3d(), "layer4", OwnView(16, 4, std=(0.2,) * 3)),
+        Tapped(r3d(classes=4), "layer4", SMALL),
+    ]
+    stamps = [stamp_of([OwnBackbone(teacher)], videos, VIEW) for teacher in teachers]
+    assert len(set(stamps)) == len(stamps)
+    assert stamp_of([OwnBackbone(Tapped(r3d(), "layer4", SMALL))], videos, VIEW) == stamps[0]
+
+
+class Returns(nn.Module):
+    def __init__(self, value):
         super().__init__()
-        self.answer = answer
+        self.value = value
 
     def forward(self, x):
-        return self.answer
+        return self.value
 
 
 def test_what_cannot_be_read_is_named(swin, clips):
     near = r"features='features\.4\.blok': no such module in SwinTransformer3d; near: .*features\.4"
-    with pytest.raises(ValueError, match=near):
-        tap(swin, "features.4.blok", 32)
-    with pytest.raises(ValueError, match=r"logits='hed': no such module .*near: head"):
-        tap(swin, "avgpool", 32, logits="hed")
-    idle = video.r3d_18(num_classes=3)
+    with pytest.raises(UserError, match=near):
+        Tapped(swin, "features.4.blok", LARGE)
+    with pytest.raises(UserError, match=r"logits='hed': no such module .*near: head"):
+        Tapped(swin, "avgpool", LARGE, logits="hed")
+    idle = r3d()
     idle.fc.spare = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"features='fc\.spare': the network runs without it"):
-        tap(idle, "fc.spare", 16)
-    for answer, complaint in {
-        (None, "words"): r"'1' returns tuple, in which there is no tensor",
-        torch.zeros(1, 2, 2, 8): r"features='1': .*not \[1, 2, 2, 8\]",
-    }.items():
-        with pytest.raises(ValueError, match=complaint):
-            tap(nn.Sequential(nn.Conv3d(3, 2, 1), Says(answer)), "1", 8, 2)
-    net = video.r3d_18(num_classes=3).eval()
-    own = tap(net, "layer4", 16)
+    with pytest.raises(UserError, match=r"features='fc\.spare': the network runs without"):
+        OwnBackbone(Tapped(idle, "fc.spare", SMALL))
+    wrong = {
+        (None, "words"): "features='1': returns tuple, in which there is no tensor",
+        torch.zeros(1, 2, 2, 8): r"features='1': wanted are .*, not \[1, 2, 2, 8\]",
+    }
+    for value, complaint in wrong.items():
+        net = nn.Sequential(nn.Conv3d(3, 2, 1), Returns(value))
+        with pytest.raises(UserError, match=complaint):
+            OwnBackbone(Tapped(net, "1", SMALL))
+    broken = OwnBackbone(Tapped(swin, "avgpool", LARGE))
+    broken.trunk.net = nn.Sequential(swin, nn.Linear(1, 1))  # fails after the module that is read
+    broken.trunk.paths = {"features": "0.avgpool"}
     with pytest.raises(RuntimeError):
-        own(clips[:, :1].expand(-1, 2, -1, -1, -1))
-    assert hooks_of(swin) == hooks_of(net) == 0
+        broken(clips)
+    assert hooks_of(swin) == 0
 
 
-def test_foreign_teachers_go_through_to_a_loss_with_a_gradient(swin, videos):
-    """One with a new head, one that has the classes already, next to one of ours."""
+def test_teachers_of_all_kinds_go_through_to_a_loss_with_a_gradient(swin, videos):
+    """One with a new head, fitted with cross-fitting; one that has the classes; one of ours."""
     teachers = {
-        "swin": tap(swin, "norm", 32, channels=-1),
-        "own-head": tap(swin, "features.2", 32, channels=-1, logits=""),
+        "swin": OwnBackbone(Tapped(swin, "norm", LARGE, channels=-1)),
+        "fitted": OwnClassifier(Tapped(swin, "features.2", LARGE, logits="", channels=-1)),
         "tiny": build_backbone("tiny4"),
     }
-    before = {k: v.clone() for k, v in swin.state_dict().items()}
-    readouts = {
-        name: fit_teacher(teacher, videos, TINY, VIEW, seed=0)[1]
-        for name, teacher in teachers.items()
-    }
+    before = copy.deepcopy(swin.state_dict())
+    models, readouts = {}, {}
+    for name, teacher in teachers.items():
+        models[name], readouts[name] = fit_teacher(teacher, videos, TINY, VIEW, seed=0)
     assert all(torch.equal(v, before[k]) for k, v in swin.state_dict().items())
-    every = torch.arange(16)
-    whole = predict(teachers["own-head"], videos, every, VIEW)[0].mean(1)
-    # nothing was fitted; kept in half precision
-    torch.testing.assert_close(readouts["own-head"].at("logits", every), whole, atol=1e-3, rtol=0)
-    held = (readouts["swin"].at(name, every) for name in ("features", "held"))
-    assert torch.equal(*held)  # frozen: every fold's copy has the same
-    bank = gather(readouts, videos)
-    logits_graph, graph = build_graphs(bank, videos.training_rows, Distillation(), 5)
-    rows, head = torch.arange(8), nn.Linear(5, 3)
-    features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    head, every = models["swin"], torch.arange(16)
+    assert isinstance(head, Classifier) and head.fc.in_features == 768
+    logits, features = predict(head, videos, every[:3], VIEW)
+    torch.testing.assert_close(logits, (features @ head.fc.weight.T + head.fc.bias).detach())
+    frozen = readouts["swin"]  # the copies of every fold have the same features
+    assert torch.equal(frozen.at("features", every), frozen.at("held", every))
+
+    assert models["fitted"] is teachers["fitted"]
+    whole = predict(teachers["fitted"], videos, every, VIEW)[0].mean(1)
+    kept = readouts["fitted"].at("logits", every)  # in half precision
+    torch.testing.assert_close(kept, whole, atol=1e-3, rtol=1e-2)
+
+    bank, rows = gather(readouts, videos), torch.arange(8)
+    logits_graph, representation_graph = build_graphs(
+        bank, videos.training_rows, Distillation(), student_dim=5
+    )
+    student = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     uniform = torch.full((8, 3), 1 / 3)
-    loss = logits_graph.loss(head(features), bank.probs()[rows], uniform)
-    loss = loss + graph.loss(features, bank.features_at(rows), uniform, uniform[0])
-    (gradient,) = torch.autograd.grad(loss, features)
+    loss = logits_graph.loss(nn.Linear(5, 3)(student), bank.probs()[rows], uniform)
+    features = bank.features_at(rows)
+    loss = loss + representation_graph.loss(student, features, uniform, uniform[0])
+    (gradient,) = torch.autograd.grad(loss, student)
     assert loss > 0 and gradient.isfinite().all() and (gradient.abs().sum(1) > 0).all()
 
 
-def test_a_head_of_other_classes_is_refused(videos):
-    net = tap(video.r3d_18(num_classes=7), "layer4", 16, logits="fc")
-    with pytest.raises(UserError, match=r"answers in 7 classes, but the data has 3"):
-        fit(net, videos, torch.arange(4), VIEW, TINY.fit, seed=0)
+def test_a_head_over_other_classes_is_refused(videos):
+    teacher = OwnClassifier(Tapped(r3d(classes=7), "layer4", SMALL, logits="fc"))
+    with pytest.raises(UserError, match="over 7 classes, but the data has 3; read its features"):
+        build_classifier(teacher, 3)
+    with pytest.raises(UserError, match="7 classes, but the data has 3"):
+        fit(teacher, videos, torch.arange(4), VIEW, TINY.fit, seed=0)
+    features_only = build_classifier(OwnBackbone(teacher.trunk), 3)
+    assert isinstance(features_only, Classifier) and features_only.fc.out_features == 3
 
 
-def test_a_fitted_head_reads_the_features(swin, videos):
-    net = tap(swin, "norm", 32, channels=-1)
-    model = fit(net, videos, torch.arange(9), VIEW, TINY.fit, seed=0)
-    assert isinstance(model, Classifier) and model.fc.in_features == 768
-    kept = model.backbone.trunk.net.state_dict()
-    assert all(torch.equal(v, kept[k]) for k, v in swin.state_dict().items())
-    logits, features = predict(model, videos, torch.arange(3), VIEW)
-    torch.testing.assert_close(model.fc(features.mean(1)), logits.mean(1), atol=1e-5, rtol=1e-4)
+class HalfATask(nn.Module):
+    metric = "accuracy"
+
+    def views(self, videos, rng):
+        return videos, videos
 
 
-def test_sources_are_tasks_or_teachers(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "import torch\nfrom gdviz.teachers.own import OwnView\n"
-        "class Plain:\n"
-        "    view, fitted = OwnView(8, 2), False\n"
-        "    weight = torch.randn(3)\n"
-        "    def __call__(self, clips):\n"
-        "        return None, clips.mean((2, 3, 4)) * self.weight\n"
-        "def net():\n    return Plain()\n"
-        "def nothing():\n    return 3\n"
+class Flat(nn.Module):
+    """A teacher written by hand."""
+
+    view, fitted = OwnView(4, 2, **PLAIN, frames_first=True), True
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(2 * 3 * 4 * 4, 5)
+
+    def forward(self, clips):
+        features = self.map(clips.flatten(1))
+        return features[:, :3], features
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """A module of the user's."""
+    module = types.ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    vars(module).update(
+        Task=FrameOrder,
+        Half=HalfATask,
+        Flat=Flat,
+        tapped=lambda: Tapped(nn.Sequential(nn.Conv3d(3, 2, 1)), "0", SMALL),
+        number=5,
+        words=lambda: "words",
+        net=lambda: nn.Linear(2, 2),
+        needs=lambda size: Flat(),
     )
-    monkeypatch.chdir(tmp_path)
-    assert find_source("order") is TASKS["order"]
-    own = find_source("mine:net")
-    assert isinstance(own.trunk.teacher, Teacher) and own.dim == 3 and not own.fitted
-    clips = torch.randn(2, 3, 4, 16, 16)
-    assert own(clips).shape == (2, 3)
-    for name, message in (
-        ("mine:none", "has no 'none'"),
-        ("yours:net", "No module"),
-        ("mine:nothing", "gives int"),
-        ("ordr", r"unknown task 'ordr' \(near: order"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_source(name)
 
 
-def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
-    def offline(*_, **__):
-        raise URLError("no network")
+@pytest.mark.usefixtures("mine")
+def test_sources_are_found_by_name():
+    assert find_source("order") is find_source("mine:Task") is FrameOrder
+    state = torch.get_rng_state()
+    first, again = (find_source("mine:tapped") for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(first) is OwnBackbone and not first.fitted
+    assert torch.equal(first.trunk.net[0].weight, again.trunk.net[0].weight)
+    flat = find_source("mine:Flat")
+    assert type(flat) is OwnClassifier and (flat.dim, flat.classes) == (5, 3)
+    clips = torch.randn(2, 3, 2, 4, 4)
+    expected = flat.trunk.map(clips.transpose(1, 2).flatten(1))
+    torch.testing.assert_close(flat(clips)[1], expected)
+    torch.testing.assert_close(OwnBackbone(flat.trunk)(clips), expected)
 
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(
-        ValueError, match=r"cannot fetch https.*put that file into .*take r3d_18"
-    ):
-        build_backbone("r3d_18@kinetics")
-    with pytest.raises(ValueError, match="unknown backbone 'r3d_18@imagenet'"):
-        build_backbone("r3d_18@imagenet")
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    {
+        "jigsaw": "unknown task 'jigsaw'",
+        "mine:gone": "mine has no 'gone'",
+        "mine:Half": "mine:Half: a pretext task needs chance, too",
+        "mine:number": "mine:number: .* is not a callable object; name a pretext task's class",
+        "mine:words": "mine:words: returned str; name a pretext task's class, or a function",
+        "mine:net": "mine:net: returned Linear; ",
+        "mine:needs": "mine:needs: missing a required argument: 'size'",
+    }.items(),
+)
+def test_what_is_no_source_is_named(name, complaint):
+    with pytest.raises(UserError, match=complaint):
+        find_source(name)

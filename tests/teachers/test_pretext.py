@@ -1,14 +1,14 @@
-"""Pretext tasks: what they show is what they ask about, and a backbone learns from it."""
+"""Pretext tasks: views hold what is asked about, and a backbone learns from them."""
 
 import math
-import sys
 
 import pytest
 import torch
 from torch import Generator, nn
 
-from gdviz.teachers.backbones import build_backbone
-from gdviz.teachers.pretext import TASKS
+from gdviz.core.files import UserError
+from gdviz.teachers.backbones import Backbone, build_backbone
+from gdviz.teachers.pretext import TASKS, PretextTask, common
 
 LENGTH = 4
 each_task = pytest.mark.parametrize("name", TASKS)
@@ -17,10 +17,7 @@ each_task = pytest.mark.parametrize("name", TASKS)
 @pytest.fixture
 def bare(monkeypatch):
     """Views without augmentation, so that a pixel's value says where it came from."""
-    for task in TASKS.values():
-        monkeypatch.setattr(
-            sys.modules[task.__module__], "augment", lambda clips, rng, strength=1.0: clips
-        )
+    monkeypatch.setattr(common, "augment", lambda clips, rng, strength: clips)
 
 
 def numbered(count: int, frames: int = 12, size: int = 4) -> torch.Tensor:
@@ -34,9 +31,18 @@ def moving(rng: Generator, count: int = 32, frames: int = 12, size: int = 16) ->
     start = torch.randint(size, (count, 1, 1), generator=rng)
     place = (torch.arange(size) - start - torch.arange(frames)[:, None]) % size  # (b, f, w)
     bar = (place < 4) * (0.5 + 0.1 * torch.arange(frames))[:, None]
-    return bar[:, :, None, None].expand(-1, -1, 3, size, -1) + 0.3 * torch.randn(
-        count, 1, 3, size, size, generator=rng
-    )
+    noise = torch.randn(count, 1, 3, size, size, generator=rng)
+    return bar[:, :, None, None].expand(-1, -1, 3, size, -1) + 0.3 * noise
+
+
+class Given(Backbone):
+    """Takes features for clips."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), 8)
+
+    def forward(self, clips):
+        return clips
 
 
 def build(name: str, stride: int = 2) -> tuple[nn.Module, nn.Module]:
@@ -49,32 +55,21 @@ def build(name: str, stride: int = 2) -> tuple[nn.Module, nn.Module]:
 def test_shapes_loss_and_gradient(name):
     rng = Generator().manual_seed(0)
     backbone, task = build(name)
+    assert isinstance(task, PretextTask)
     inputs, target = task.views(moving(rng, count=7), rng)
-    several = {
-        "order": 8,
-        "coherence": 12,
-        "contrast": 8,
-        "rotation": 8,
-    }  # two to four views of a half or quarter, rounded up
+    # Two to four views of a half or quarter of the videos, rounded up.
+    several = {"order": 8, "coherence": 12, "contrast": 8, "rotation": 8}
     count, length = {"clip-order": (21, LENGTH // 2)}.get(name, (several.get(name, 7), LENGTH))
     assert inputs.shape == (count, 3, length, 16, 16)
-    maps = {
-        "coherence": (4,),
-        "registration": (7, 4),
-        "prediction": (7, 3, 16, 16),
-        "masked": (7, 4, LENGTH, 16, 16),
-        "clip-order": (7,),
-    }
+    maps = {"coherence": (4,), "registration": (7, 4), "prediction": (7, 3, 16, 16)}
+    maps |= {"masked": (7, 4, LENGTH, 16, 16), "clip-order": (7,)}
     assert target.shape == maps.get(name, (count,))
     loss, metric = task(backbone, inputs, target)
     assert loss.shape == metric.shape == ()
-    assert loss.isfinite()
-    assert not metric.requires_grad
+    assert loss.isfinite() and not metric.requires_grad
     loss.backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all()
-        for p in [*backbone.parameters(), *task.parameters()]
-    )
+    trained = [*backbone.parameters(), *task.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert sum(float(p.grad.abs().sum()) for p in backbone.parameters()) > 0
 
 
@@ -97,9 +92,8 @@ def test_order_shuffles_where_it_says_so():
     out_of_order = (steps[target == 1] != 2).any(1).float().mean()
     assert out_of_order > 0.9  # one in 4! permutations changes nothing
     assert (inputs[:, 0, :, 0, 0].sort(1).values.diff(dim=1) == 2).all()
-    assert (
-        inputs[:, 0, 0, 0, 0] // 100 == torch.arange(100).repeat(2)
-    ).all()  # both forms of the same clips
+    both_forms = torch.arange(100).repeat(2)  # of the same clips
+    assert (inputs[:, 0, 0, 0, 0] // 100 == both_forms).all()
 
 
 @pytest.mark.usefixtures("bare")
@@ -140,7 +134,7 @@ def test_prediction_asks_for_the_next_frame_and_scores_copying_zero():
 
 @pytest.mark.usefixtures("bare")
 def test_registration_target_is_the_transform_between_the_ends():
-    """A frame that holds its own coordinates shows where the camera stood: the map is read off and compared."""
+    """A frame that holds its own coordinates tells where the camera stood."""
     side, length = 64, 5
     axis = (torch.arange(side) + 0.5) / side * 2 - 1
     frame = torch.stack(
@@ -153,20 +147,15 @@ def test_registration_target_is_the_transform_between_the_ends():
     design = torch.cat([u, torch.ones(len(u), 1)], 1)
     for path, scaled in zip(inputs, target, strict=True):
         seen = path[:2, :, middle, middle].flatten(2).permute(1, 2, 0)  # (t, p, 2)
-        maps = torch.linalg.lstsq(
-            design.expand(length, -1, -1), seen
-        ).solution  # (t, 3, 2): x' = [u v 1] M
+        # x' = [u v 1] M, with M (t, 3, 2)
+        maps = torch.linalg.lstsq(design.expand(length, -1, -1), seen).solution
         turn = torch.complex(maps[:, 0, 0], maps[:, 0, 1]).log()  # log zoom + i angle
-        first_to_last = [
-            *(maps[-1, 2] - maps[0, 2]),
-            turn[-1].imag - turn[0].imag,
-            turn[-1].real - turn[0].real,
-        ]
+        turned = turn[-1] - turn[0]
+        first_to_last = torch.stack([*(maps[-1, 2] - maps[0, 2]), turned.imag, turned.real])
         expected = scaled * torch.tensor(task.ranges)
-        torch.testing.assert_close(torch.stack(first_to_last), expected, atol=2e-3, rtol=0)
-        torch.testing.assert_close(
-            maps[length // 2], torch.eye(3)[:, :2], atol=2e-3, rtol=0
-        )  # the path is centred
+        torch.testing.assert_close(first_to_last, expected, atol=2e-3, rtol=0)
+        centre = maps[length // 2]  # of the path, where the camera stands straight
+        torch.testing.assert_close(centre, torch.eye(3)[:, :2], atol=2e-3, rtol=0)
     assert target.abs().max() <= 1
     assert target.std() == pytest.approx(1 / math.sqrt(3), abs=0.1)
 
@@ -174,13 +163,10 @@ def test_registration_target_is_the_transform_between_the_ends():
 def test_registration_scores_the_right_answer_one_and_the_mean_zero():
     task, target = TASKS["registration"](8, LENGTH, 1), torch.rand(50, 4) * 2 - 1
     task.head = nn.Identity()
-    for guess, loss_is_zero, score in (
-        (target, True, 1.0),
-        (target.mean(0).expand(50, 4), False, 0.0),
-    ):
-        loss, r2 = task(lambda answer: answer, guess, target)
-        assert (float(loss) == 0) == loss_is_zero
-        assert float(r2) == pytest.approx(score, abs=2e-2)
+    loss, r2 = task(Given(), target, target)
+    assert float(loss) == 0 and float(r2) == 1
+    loss, r2 = task(Given(), target.mean(0).expand(50, 4), target)
+    assert float(loss) > 0 and float(r2) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.usefixtures("bare")
@@ -194,13 +180,15 @@ def test_clip_order_target_is_the_order_and_gaps_are_kept():
     firsts = seen[:, :, 0].sort(0).values
     assert (firsts.diff(dim=0) == 4 + 2).all()  # four frames, and a gap of two
     assert target.bincount(minlength=6).min() > 30
-    with pytest.raises(ValueError, match=r"a clip of 16 frames does not fit a video of 15: lower"):
+    with pytest.raises(
+        (UserError, ValueError), match=r"a clip of 16 frames does not fit a video of 15: lower"
+    ):
         task.views(numbered(2, frames=15), Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("name", "length"), [("clip-order", 3), ("masked", 1)])
 def test_a_clip_too_short_for_a_task_is_refused(name, length):
-    with pytest.raises(ValueError, match=rf"length={length}: .*give"):
+    with pytest.raises(UserError, match=rf"length={length}: .*give"):
         TASKS[name](8, length, 1)
 
 
@@ -208,9 +196,8 @@ def test_a_clip_too_short_for_a_task_is_refused(name, length):
 def test_rotation_is_undone_by_its_target():
     videos = moving(Generator().manual_seed(0), count=8)
     inputs, target = TASKS["rotation"](8, LENGTH, 2).views(videos, Generator().manual_seed(0))
-    upright = torch.stack(
-        [clip.rot90(-int(k), (2, 3)) for clip, k in zip(inputs, target, strict=True)]
-    )
+    each = zip(inputs, target.tolist(), strict=True)
+    upright = torch.stack([clip.rot90(-turns, (2, 3)) for clip, turns in each])
     assert target.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert all(torch.equal(upright[:2], turned) for turned in upright.split(2))
     assert len({tuple(clip.flatten()[:50].tolist()) for clip in inputs}) == 8
@@ -218,29 +205,25 @@ def test_rotation_is_undone_by_its_target():
 
 @pytest.mark.usefixtures("bare")
 def test_contrast_pairs_two_clips_of_one_video_at_distances_that_fall_linearly():
-    inputs, partner = TASKS["contrast"](8, LENGTH, 2).views(
-        numbered(4000), Generator().manual_seed(0)
-    )
+    task = TASKS["contrast"](8, LENGTH, 2)
+    inputs, partner = task.views(numbered(4000), Generator().manual_seed(0))
     frames = inputs[:, 0, :, 0, 0]
     assert (frames.diff(dim=1) == 2).all()
     assert torch.equal(frames // 100, frames[partner] // 100)
     assert not (partner == torch.arange(4000)).any()
-    apart = (
-        (frames - frames[partner])[:2000, 0].abs().long().bincount(minlength=6)
-    )  # twelve frames leave starts 0 to 5
+    # Twelve frames leave starts 0 to 5.
+    apart = (frames - frames[partner])[:2000, 0].abs().long().bincount(minlength=6)
     assert apart[1] > apart[2] > apart[3] > apart[4] > apart[5] > 0
     assert apart[1] / apart[5] == pytest.approx(5, rel=0.4)
 
 
 def test_contrast_is_infonce():
     """Brute force, clip by clip; right answers rank first, and the loss is near zero."""
-    task, z = (
-        TASKS["contrast"](8, LENGTH, 1),
-        torch.randn(6, 8, generator=Generator().manual_seed(0)),
-    )
+    task = TASKS["contrast"](8, LENGTH, 1)
+    z = torch.randn(6, 8, generator=Generator().manual_seed(0))
     task.project = nn.Identity()
     partner, unit = torch.arange(6).roll(3), z / z.norm(dim=1, keepdim=True)
-    loss, ranked = task(lambda clips: clips, z, partner)
+    loss, ranked = task(Given(), z, partner)
     losses, wins = [], []
     for i in range(6):
         terms = {j: math.exp(float(unit[i] @ unit[j]) / 0.1) for j in range(6) if j != i}
@@ -248,7 +231,7 @@ def test_contrast_is_infonce():
         wins += [terms[j] < terms[int(partner[i])] for j in terms if j != int(partner[i])]
     assert float(loss) == pytest.approx(sum(losses) / 6, rel=1e-4)
     assert float(ranked) == pytest.approx(sum(wins) / 24)
-    loss, ranked = task(lambda clips: clips, torch.eye(8)[:3].repeat(2, 1), partner)
+    loss, ranked = task(Given(), torch.eye(8)[:3].repeat(2, 1), partner)
     assert float(ranked) == 1 and float(loss) < 1e-3
 
 
@@ -278,23 +261,17 @@ def test_masked_scores_the_right_cubes_one_and_flat_ones_zero():
     backbone, task = build("masked")
     inputs, target = task.views(torch.randn(4, 12, 3, 24, 24), Generator().manual_seed(0))
     task.paint = Answer()
-    # By hand, cube by cube: frames 2a and 2a + 1, rows 3i to 3i + 2, columns 3j to 3j + 2, mean 0 and deviation 1.
-    cubes = (
-        target[:, :3].unfold(2, 2, 2).unfold(3, 3, 3).unfold(4, 3, 3)
-    )  # (b, 3, a, i, j, 2, 3, 3)
-    cubes = cubes.flatten(5)
-    right = (
-        (cubes - cubes.mean(-1, keepdim=True)) / cubes.std(-1, correction=0, keepdim=True)
-    ).movedim(-1, 2)
+    # By hand: frames 2a and 2a + 1, rows 3i to 3i + 2, columns 3j to 3j + 2, mean 0, deviation 1.
+    cubes = target[:, :3].unfold(2, 2, 2).unfold(3, 3, 3).unfold(4, 3, 3).flatten(5)
+    flat = cubes - cubes.mean(-1, keepdim=True)  # (b, 3, a, i, j, 18)
+    right = (flat / flat.std(-1, correction=0, keepdim=True)).movedim(-1, 2)
     for task.paint.answer, score in ((right, 1.0), (torch.zeros_like(right), 0.0)):
         loss, explained = task(backbone, inputs, target)
         assert float(explained) == pytest.approx(score, abs=1e-2)
         assert float(loss) == pytest.approx(1 - score, abs=1e-2)
     seen = ~target[:, 3, 0].unfold(1, 3, 3).unfold(2, 3, 3)[..., 0, 0].bool()  # (b, i, j)
-    task.paint.answer = right + 9 * seen[:, None, None, None]
-    assert float(task(backbone, inputs, target)[1]) == pytest.approx(
-        1, abs=1e-2
-    )  # what is visible is not asked
+    task.paint.answer = right + 9 * seen[:, None, None, None]  # what is visible is not asked
+    assert float(task(backbone, inputs, target)[1]) == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -306,14 +283,9 @@ def test_without_training_or_anything_to_see_a_task_is_at_chance(name):
     for seed in range(12):
         rng = Generator().manual_seed(seed)
         backbone, task = build_backbone("tiny4"), TASKS[name](16, LENGTH, 2)
+        noise = torch.randn(32, 12, 3, 16, 16, generator=rng)
         with torch.no_grad():
-            scores.append(
-                float(
-                    task(backbone, *task.views(torch.randn(32, 12, 3, 16, 16, generator=rng), rng))[
-                        1
-                    ]
-                )
-            )
+            scores.append(float(task(backbone, *task.views(noise, rng))[1]))
     assert sum(scores) / 12 == pytest.approx(TASKS[name].chance, abs=0.08)
 
 

@@ -1,18 +1,19 @@
 """Self-supervised tasks, one small file each.
 
-A task turns videos into inputs and targets (``views``), owns its head, and scores a backbone. Write
-your own in a file of yours and name it MODULE:NAME (docs/own.md), or here: one file, one line
-below.
+A task turns videos into inputs and targets (``views``), owns its head, and scores a backbone
+(``forward``). Write your own in a file of yours and name it MODULE:NAME (docs/own.md).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
+from gdviz.teachers.backbones import Backbone
 from gdviz.teachers.pretext.clip_order import ClipOrder
 from gdviz.teachers.pretext.coherence import TemporalCoherence
+from gdviz.teachers.pretext.common import Scored, Videos
 from gdviz.teachers.pretext.contrast import Contrast
 from gdviz.teachers.pretext.masked import MaskedVideo
 from gdviz.teachers.pretext.order import FrameOrder
@@ -22,25 +23,32 @@ from gdviz.teachers.pretext.registration import Registration
 from gdviz.teachers.pretext.rotation import Rotation
 
 
+@runtime_checkable
 class PretextTask(Protocol):
-    """What a task is: a ``torch.nn.Module`` that is built from the sizes and has these members.
+    """A ``torch.nn.Module`` of this shape; its parameters are trained with the backbone's."""
 
-    Attributes:
-        metric: name of what ``forward`` returns beside the loss.
-        chance: the metric of a backbone that has learned nothing.
-    """
-
-    metric: ClassVar[str]
-    chance: ClassVar[float]
+    metric: str  # name of what ``forward`` returns beside the loss
+    chance: float  # the metric of a backbone that has learned nothing
 
     def __init__(self, dim: int, length: int, stride: int) -> None:
-        """Take the size of the features, frames of a clip, and frames from one to the next."""
+        """Take the size of features, the frames of a clip, and how far apart these are.
 
-    def views(self, videos: Tensor, rng: Generator) -> tuple[Any, Any]:
-        """Return inputs and target of videos [b, f, 3, h, w], drawn by ``rng`` alone."""
+        Raises:
+            UserError: the task needs longer clips.
+        """
 
-    def forward(self, backbone: Any, inputs: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """Return the loss and the metric, scalars; ``backbone(clips)`` gives features [b, d]."""
+    def views(self, videos: Videos, rng: Generator) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets; what is random comes from ``rng``, which is on the CPU."""
+        ...
+
+    def forward(self, backbone: Backbone, inputs: Tensor, target: Tensor, /) -> Scored:
+        """Return the loss and the metric.
+
+        Clips [b, 3, t, h, w] have features ``backbone(clips)`` [b, d], and maps
+        ``backbone.maps(clips)`` [b, d, t2, h2, w2]. Processes that train together average their
+        losses; one that is no mean over clips needs ``gdviz.core.distributed.gather``.
+        """
+        ...
 
 
 TASKS: dict[str, type[PretextTask]] = {
@@ -54,17 +62,3 @@ TASKS: dict[str, type[PretextTask]] = {
     "contrast": Contrast,
     "masked": MaskedVideo,
 }
-
-__all__ = [
-    "TASKS",
-    "ClipOrder",
-    "Contrast",
-    "FrameOrder",
-    "FuturePrediction",
-    "MaskedVideo",
-    "PlaybackPace",
-    "PretextTask",
-    "Registration",
-    "Rotation",
-    "TemporalCoherence",
-]

@@ -1,29 +1,25 @@
-"""Clip order prediction: in which order are three sub-clips of a video shown? (VCOP, Xu et al.
-2019)."""
-
-from __future__ import annotations
+"""Clip order prediction: in which order do three sub-clips follow? (VCOP, Xu et al. 2019)."""
 
 from itertools import combinations, permutations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from gdviz.data.clips import augment, sample_clips
+from gdviz.core.files import UserError
 from gdviz.teachers.backbones import Backbone
+from gdviz.teachers.pretext.common import Choice, Scored, Videos, draw_clips, score_choice
 
 
 class ClipOrder(nn.Module):
-    """Names which of the 3! orders three sub-clips are shown in. Loss: cross-entropy. Metric:
-    accuracy. Chance: 1/6.
+    """Name which of the 3! orders three sub-clips come in.
 
-    As in the paper, features are concatenated pair by pair, ``g_ij = relu(W [f_i, f_j])``, and
-    classified from all ``g_ij`` together, and the gaps are half a sub-clip. Ours: sub-clips are
-    half a clip, so that three fit, and one augmentation serves all three, so that nothing but
-    motion tells them apart; no dropout. Published for R3D, pre-trained and fine-tuned on UCF101:
-    64.9 % there, 29.5 % on HMDB51. On the embedded data, where all motion is cyclic, a tiny16 was
-    still at chance after 60 passes.
+    Loss: cross-entropy. Metric: accuracy. Chance: 1/6. As in the paper, gaps are half a sub-clip,
+    features are joined pair by pair, ``g_ij = relu(W [f_i, f_j])``, and all ``g_ij`` classified
+    together. Ours: a sub-clip is half a clip, so that three fit; one augmentation serves all three,
+    so that motion alone tells them apart; no dropout. Published for R3D, pre-trained and fine-tuned
+    on UCF101: 64.9 % there, 29.5 % on HMDB51. On the embedded data, where all motion is cyclic, a
+    tiny16 was still at chance after 60 passes.
     """
 
     metric, chance = "accuracy", 1 / 6
@@ -32,28 +28,27 @@ class ClipOrder(nn.Module):
     def __init__(self, dim: int, length: int, stride: int) -> None:
         super().__init__()
         if length < 4:
-            raise ValueError(
+            raise UserError(
                 f"length={length}: sub-clips are half a clip and need two frames; give clip-order "
                 "4 frames or more"
             )
         self.length, self.stride = length // 2, stride
         self.pair, self.head = nn.Linear(2 * dim, dim), nn.Linear(3 * dim, len(self.orders))
 
-    def views(self, videos: Float[Tensor, "b f 3 h w"], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Sub-clips as shown, all the first ones, all the second, all the third [3b, 3, t, h, w],
-        and the order [b]."""
+    def views(
+        self, videos: Videos, rng: Generator
+    ) -> tuple[Float[Tensor, "3*b 3 t h w"], Int[Tensor, " b"]]:
+        """Return all first sub-clips, all second, all third, and the order of each video's."""
         step = self.length + self.length // 2
-        whole = augment(sample_clips(videos, 2 * step + self.length, self.stride, rng), rng)
-        parts = torch.stack(
-            [whole[:, :, i * step : i * step + self.length] for i in range(3)]
-        )  # (3, b, 3, t, h, w)
+        whole = draw_clips(videos, 2 * step + self.length, self.stride, rng)
+        parts = [whole[:, :, start : start + self.length] for start in (0, step, 2 * step)]
         target = torch.randint(len(self.orders), (len(videos),), generator=rng)
-        order, rows = torch.tensor(self.orders)[target].T, torch.arange(len(videos))
-        return parts[order.to(videos.device), rows.to(videos.device)].flatten(0, 1), target.to(
-            videos.device
-        )
+        order = torch.tensor(self.orders)[target].T  # (3, b)
+        rows = torch.arange(len(videos), device=videos.device)
+        shuffled = torch.stack(parts)[order.to(videos.device), rows]
+        return shuffled.flatten(0, 1), target.to(videos.device)
 
-    def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, backbone: Backbone, clips: Tensor, target: Choice) -> Scored:
         pairs = [torch.cat(two, 1) for two in combinations(backbone(clips).chunk(3), 2)]
-        logits = self.head(torch.cat([torch.relu(self.pair(two)) for two in pairs], 1))
-        return cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()
+        together = torch.cat([torch.relu(self.pair(two)) for two in pairs], 1)
+        return score_choice(self.head(together), target)

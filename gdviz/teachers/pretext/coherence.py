@@ -1,26 +1,20 @@
-"""Temporal coherence: of several clips made of the same frames, one moves as the world does
-(Fernando et al. 2017, odd-one-out)."""
-
-from __future__ import annotations
+"""Coherence: which clip moves as the world does? (odd-one-out, Fernando et al. 2017)."""
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from gdviz.data.clips import augment, sample_clips
 from gdviz.teachers.backbones import Backbone
+from gdviz.teachers.pretext.common import Choice, Scored, Videos, draw_clips, score_choice
 
 
 class TemporalCoherence(nn.Module):
-    """Picks the coherent clip out of three of one video: intact, with its halves swapped, with its
-    second half backwards.
+    """Pick the intact clip beside one with swapped halves and one whose second half runs backwards.
 
-    All three show the same frames, so appearance cannot answer; the spoilt ones differ from the
-    intact one by a jump, or by a sudden return, in the middle. Loss: ``-log softmax_c s(c)`` over
-    the three, a contrast within the video (the choice of candidates is ours). Metric: accuracy.
-    Chance: 1/3. Published (Fernando et al., odd one out of videos' orders) for AlexNet, fine-tuned:
-        60.3 % on UCF101, 32.5 % on HMDB51.
+    All three hold the same frames, so appearance does not help; the spoilt ones differ by a jump,
+    or a sudden return, in the middle. Loss: ``-log softmax_c s(c)`` over the three (the choice of
+    candidates is ours). Metric: accuracy. Chance: 1/3. Published (odd one out of videos' orders)
+    for AlexNet, fine-tuned: 60.3 % on UCF101, 32.5 % on HMDB51.
     """
 
     metric, chance = "accuracy", 1 / 3
@@ -30,22 +24,20 @@ class TemporalCoherence(nn.Module):
         self.length, self.stride = length, stride
         self.head = nn.Linear(dim, 1)
 
-    def views(self, videos: Float[Tensor, "b f 3 h w"], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Clips intact, swapped, returning [3n, 3, t, h, w] and the intact one's place [n]; n = b /
-        2.
+    def views(
+        self, videos: Videos, rng: Generator
+    ) -> tuple[Float[Tensor, "three_n 3 t h w"], Choice]:
+        """Return clips intact, swapped, returning, and the intact one's place; n = b / 2.
 
         Half of the batch, because each video is seen three times.
         """
-        intact = augment(
-            sample_clips(videos[: (len(videos) + 1) // 2], self.length, self.stride, rng), rng
-        )
-        half = self.length // 2
-        swapped = intact.roll(half, dims=2)
-        returning = torch.cat([intact[:, :, :half], intact[:, :, half:].flip(2)], 2)
-        return torch.cat([intact, swapped, returning]), torch.zeros(
-            len(intact), dtype=torch.long, device=intact.device
-        )
+        half, middle = videos[: (len(videos) + 1) // 2], self.length // 2
+        intact = draw_clips(half, self.length, self.stride, rng)
+        swapped = intact.roll(middle, dims=2)
+        returning = torch.cat([intact[:, :, :middle], intact[:, :, middle:].flip(2)], 2)
+        target = torch.zeros(len(intact), dtype=torch.long, device=intact.device)
+        return torch.cat([intact, swapped, returning]), target
 
-    def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, backbone: Backbone, clips: Tensor, target: Choice) -> Scored:
         scores = self.head(backbone(clips)).view(3, -1).T  # (n, 3)
-        return cross_entropy(scores, target), (scores.argmax(1) == target).float().mean()
+        return score_choice(scores, target)

@@ -1,23 +1,18 @@
-"""Playback pace: tell how many frames were skipped between two frames of a clip (Benaim et al.
-2020; Wang et al. 2020)."""
-
-from __future__ import annotations
+"""Pace: how far apart are the frames of a clip? (Benaim et al. 2020; Wang et al. 2020)."""
 
 import torch
-from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from gdviz.data.clips import augment, sample_clips
 from gdviz.teachers.backbones import Backbone
+from gdviz.teachers.pretext.common import Choice, Clips, Scored, Videos, draw_clips, score_choice
 
 
 class PlaybackPace(nn.Module):
-    """Classifies the stride a clip was sampled with, one of 1, 2, 3. Loss: cross-entropy. Chance:
-    1/3.
+    """Name the stride a clip was taken with: 1, 2 or 3.
 
-    Published (Wang et al., together with a contrastive loss) for R(2+1)D, pre-trained on Kinetics
-    and fine-tuned: 77.1 % on UCF101, 36.6 % on HMDB51.
+    Loss: cross-entropy. Metric: accuracy. Chance: 1/3. Published (Wang et al., with a contrastive
+    loss beside) for R(2+1)D, pre-trained on Kinetics and fine-tuned: 77.1 % on UCF101, 36.6 % on
+    HMDB51.
     """
 
     metric, chance = "accuracy", 1 / 3
@@ -28,16 +23,12 @@ class PlaybackPace(nn.Module):
         self.length = length
         self.head = nn.Linear(dim, len(self.strides))
 
-    def views(self, videos: Float[Tensor, "b f 3 h w"], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Clips [b, 3, t, h, w] and the index of each clip's stride [b]."""
+    def views(self, videos: Videos, rng: Generator) -> tuple[Clips, Choice]:
+        """Return clips and the index of each one's stride."""
         longest = (videos.shape[1] - 1) // (self.length - 1)
-        usable = [s for s in self.strides if s <= longest]
+        usable = torch.tensor([stride for stride in self.strides if stride <= longest])
         target = torch.randint(len(usable), (len(videos),), generator=rng)
-        stride = torch.tensor(usable)[target]
-        return augment(sample_clips(videos, self.length, stride, rng), rng), target.to(
-            videos.device
-        )
+        return draw_clips(videos, self.length, usable[target], rng), target.to(videos.device)
 
-    def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.head(backbone(clips))
-        return cross_entropy(logits, target), (logits.argmax(1) == target).float().mean()
+    def forward(self, backbone: Backbone, clips: Tensor, target: Choice) -> Scored:
+        return score_choice(self.head(backbone(clips)), target)
