@@ -58,10 +58,10 @@ def test_every_training_of_two_processes_learns(calm):
     for file in calm[1].folder.glob("seed0/*/*/history.jsonl"):
         one = load_jsonl(file)
         two = load_jsonl(calm[2].folder / file.relative_to(calm[1].folder))
-        losses = [row["loss"] for row in two]
         assert len(one) == len(two) and one[0].keys() == two[0].keys()
-        assert all(map(math.isfinite, losses)) and losses[-1] < losses[0], file
-        assert losses[-1] == pytest.approx(one[-1]["loss"], rel=0.5), file
+        assert all(math.isfinite(row["loss"]) for row in two), file
+        falls = [rows[0]["loss"] - rows[-1]["loss"] for rows in (one, two)]
+        assert falls[1] > 0.5 * falls[0] > 0, file
 
 
 @pytest.mark.parametrize(
