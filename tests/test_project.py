@@ -8,8 +8,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import REPO
+
+from gdviz.experiment.tables import gains, spread
 
 PACKAGE = REPO / "gdviz"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -132,3 +135,20 @@ def test_ruff_is_content(command):
         [sys.executable, "-m", "ruff", *command, *paths], cwd=REPO, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_numbers_of_the_docs_are_those_of_the_results():
+    results = pd.read_csv(REPO / "data/example/results.csv")
+    text = (REPO / "docs/results.md").read_text()
+    for (kind, name), rows in results.groupby(["kind", "name"]):
+        assert f"| {kind}: `{name}` | {spread(rows['accuracy'])} |" in text
+    gained = gains(results)
+    for name in gained:
+        assert f"`{name}` | {spread(results[results['name'] == name]['accuracy'])} | " in text
+        assert f" | {spread(gained[name])} |\n" in text
+    over_labels = 100 * gained["labels"]
+    half = 4.303 * over_labels.std() / 3**0.5  # Student's t, two degrees of freedom
+    low, high = over_labels.mean() - half, over_labels.mean() + half
+    said = f"gains {over_labels.mean():.0f} points"
+    assert said in (REPO / "README.md").read_text()
+    assert f"{low:.0f} to {high:.0f})" in (REPO / "README.md").read_text()

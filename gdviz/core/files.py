@@ -83,6 +83,11 @@ def file_sha256(path: Path | str) -> str:
 
 
 def save_json(path: Path | str, value: Any) -> None:
+    """Write what :func:`plain` makes of a value as JSON.
+
+    Raises:
+        UserError: the disk refused the write.
+    """
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -40,6 +40,7 @@ def shard_size(count: int) -> int:
     return max(SHARD, -(-count // SHARDS))
 
 
+@runtime_checkable
 class Shard(Protocol):
     """Some videos of one shape [f, h, w, 3], read frame by frame."""
 

@@ -152,15 +152,15 @@ def learned(tmp_path_factory) -> Run:
     root = tmp_path_factory.mktemp("learned")
     profile = replace(
         TINY,
-        motion=replace(TINY.motion, labelled=6, unlabelled=24, test=12, size=48, frames=16),
+        motion=replace(TINY.motion, labelled=6, unlabelled=40, test=20, size=48, frames=16),
         view=replace(TINY.view, size=16, frames=16, length=8, clips=1),
         teachers=replace(
             TINY.teachers,
             tasks=("registration",),
             strides=(1,),
             backbone="tiny8m",
-            pretrain=replace(TINY.teachers.pretrain, epochs=12, min_steps=20),
-            fit=replace(TINY.teachers.fit, epochs=24, lr=5e-3),
+            pretrain=replace(TINY.teachers.pretrain, epochs=16, min_steps=20),
+            fit=replace(TINY.teachers.fit, epochs=32, lr=5e-3),
         ),
         distillation=replace(
             TINY.distillation,
@@ -168,7 +168,7 @@ def learned(tmp_path_factory) -> Run:
             temperature=1.0,
             eps=0.3,
             schedule=replace(
-                TINY.distillation.schedule, epochs=16, batch=32, lr=1e-2, min_steps=12
+                TINY.distillation.schedule, epochs=20, batch=32, lr=1e-2, min_steps=16
             ),
         ),
         methods=("labels", "both-graphs", "both-shuffled"),

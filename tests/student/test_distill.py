@@ -8,19 +8,26 @@ from torch import Generator
 
 from gdviz.core.files import load_tensors
 from gdviz.data.clips import clip_places
+from gdviz.data.videos import VideoSet
 from gdviz.student.distill import Lesson, distill
 from gdviz.student.edges import Graphs, build_graphs, learn_edges
-from gdviz.student.methods import METHODS
+from gdviz.student.methods import METHODS, Setting
 from gdviz.teachers.bank import gather
 from gdviz.teachers.fit import fit_teacher, pretrain
 
 
+def lesson_of(run, view=TINY.view) -> Lesson:
+    videos = run.videos()
+    bank, graphs = run.bank(0, videos), run.graphs(0)
+    return Lesson(videos, view, bank, graphs, TINY.distillation, "cpu")
+
+
 def test_a_step_takes_labelled_clips_beside_all_or_instead_of_them(finished):
-    videos = finished.videos()
-    lesson = Lesson(videos, TINY.view, None, None, TINY.distillation, "cpu")
-    rows, labelled = torch.arange(10, 20), set(videos.rows("train").tolist())
+    lesson = lesson_of(finished)
+    setting = Setting(lesson.bank, lesson.graphs, lesson.cfg, lesson.videos.training_rows, 16)
+    rows, labelled = torch.arange(10, 20), set(lesson.videos.rows("train").tolist())
     for name, method in METHODS.items():
-        picked, count = lesson.pick(method, rows, Generator().manual_seed(0))
+        picked, count = lesson.pick(method(setting), rows, Generator().manual_seed(0))
         assert len(picked) == TINY.distillation.labelled_batch + 10
         assert set(picked[:count].tolist()) <= labelled
         if name == "labels":
@@ -29,23 +36,18 @@ def test_a_step_takes_labelled_clips_beside_all_or_instead_of_them(finished):
             assert torch.equal(picked[count:], rows)
 
 
-def test_clips_are_those_the_teachers_spoke_of(finished):
-    videos, view = finished.videos(), replace(TINY.view, clips=3)
-    lesson = Lesson(videos, view, None, None, TINY.distillation, "cpu")
-    seen, real = [], type(videos).clips
+def test_clips_are_those_the_teachers_spoke_of(finished, monkeypatch):
+    lesson = lesson_of(finished, replace(TINY.view, clips=3))
+    seen, real = [], VideoSet.clips
 
-    class Spy:
-        def __getattr__(self, name):
-            return getattr(videos, name)
+    def spy(self, rows, length, stride, rng=None, place=0.5):
+        seen.append((rng, place))
+        return real(self, rows, length, stride, rng, place)
 
-        def clips(self, rows, length, stride, rng=None, place=0.5):
-            seen.append((rng, place))
-            return real(videos, rows, length, stride, rng, place)
-
+    monkeypatch.setattr(VideoSet, "clips", spy)
     rows, rng = torch.tensor([0, 5, 7]), Generator().manual_seed(0)
-    spied = replace(lesson, videos=Spy())
-    spied.clips(rows, None, rng)
-    spied.clips(rows, torch.tensor([2, 0, 1]), rng)
+    lesson.clips(rows, None, rng)
+    lesson.clips(rows, torch.tensor([2, 0, 1]), rng)
     assert seen[0] == (rng, 0.5)
     assert seen[1][1].tolist() == [clip_places(3)[c] for c in (2, 0, 1)]
 
