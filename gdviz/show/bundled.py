@@ -1,8 +1,8 @@
-"""The bundled run, ``data/example``: a finished run of one seed, thinned to 1.5 MB.
+"""The bundled run, ``data/example``: a finished run, thinned to 1.5 MB.
 
-Notebooks open it where no run has been made. It is a run's folder like any other but for its
-videos, of which it has a few, and which are drawn when first asked for. ``tools/pack_example.py``
-makes it anew.
+Notebooks open it where no run has been made. It is a run's folder like any other, but for its
+videos, of which it has a few, and which are drawn when first asked for, and for what only the first
+seed still has. ``tools/pack_example.py`` makes it anew.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class _Drawn:
         view = self.profile.view
         return (len(self.motions), view.frames, view.size, view.size, 3)
 
-    def _draw(self, row: int) -> np.ndarray:
+    def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
+        row, frames = key
         if row not in self.done:
             cfg, view = self.profile.motion, self.profile.view
             label, seed = CLASSES.index(self.motions[row]), self.seeds[row]
@@ -45,10 +46,7 @@ class _Drawn:
                 file = Path(folder) / "video.mp4"
                 encode(render(label, seed, size=cfg.size, frames=cfg.frames), file)
                 self.done[row] = read_square(file, view.frames, view.size)[0].numpy()
-        return self.done[row]
-
-    def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
-        return self._draw(key[0])[key[1]]
+        return self.done[row][frames]
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Bundled(Run):
     """A run whose videos are drawn, not stored."""
 
     def videos(self, workers: Workers = 1) -> VideoSet:
+        """Open the run's videos; nothing is drawn yet."""
         index: dict[str, Any] = load_json(self.folder / "index.json")
         pixels = _Drawn(self.profile, index.pop("motions"), index.pop("seeds"))
         labels = torch.tensor(index.pop("labels"))

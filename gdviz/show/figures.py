@@ -1,14 +1,19 @@
-"""Figures of a finished run: graphs, edges and embeddings of its first seed, accuracy of all."""
+"""Figures of a finished run: graphs, edges and embeddings of its first seed, accuracy of all.
+
+They are made for a width of 5 to 7 inches: their text can be read there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
+import networkx as nx
 import pandas as pd
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,84 +29,91 @@ from gdviz.teachers.bank import Bank
 
 @dataclass(frozen=True)
 class Finished:
-    """What figures show: all results, and the first seed's teachers, graphs and one student."""
+    """What figures show: all results; of the first seed the teachers, graphs and one student.
 
-    run: Run
+    That is the student of the headline method, or of the last one.
+    """
+
     videos: VideoSet
     bank: Bank
     graphs: Graphs
+    adapted: bool  # the representation graph has that student's adapters
     results: pd.DataFrame
-    method: str  # that student's: the headline method if it was trained
-    outputs: dict[str, Tensor]  # its logits and features
-    test: Tensor
-
-    @classmethod
-    def open(cls, run: Run) -> Finished:
-        """Open what a finished run holds."""
-        seed, videos, results = run.profile.seeds[0], run.videos(), run.results()
-        ours = results[results["headline"].eq(True)]["name"]
-        method = ours.iloc[0] if len(ours) else run.profile.methods[-1]
-        outputs = load_tensors(run.student_folder(seed, method) / "outputs.safetensors")
-        outputs = {name: x.float() for name, x in outputs.items()}
-        bank, graphs, test = run.bank(seed, videos), run.graphs(seed), videos.rows("test")
-        return cls(run, videos, bank, graphs, results, method, outputs, test)
+    summary: dict[str, Any]
+    student: pd.Series  # its row of the results
+    outputs: dict[str, Tensor]  # its logits and features of every video
 
     @property
-    def label(self) -> str:
-        """How the student's method is called."""
-        return str(self.results.set_index("name").loc[[self.method], "label"].iloc[0])
+    def test(self) -> Tensor:
+        """Rows of the test videos."""
+        return self.videos.rows("test")
 
 
-def _logits_graph(look: Finished) -> Figure | None:
-    if len(look.bank.teachers) < 2:  # no plan between two
-        return None
+def open_finished(run: Run) -> Finished:
+    """Open what a finished run holds.
+
+    Raises:
+        UserError: something is missing or damaged.
+    """
+    seed, videos, results = run.profile.seeds[0], run.videos(), run.results()
+    students = results[results["kind"] == "student"]
+    ours = students[students["headline"].eq(True)]
+    student = (ours if len(ours) else students).iloc[-1]
+    folder, graphs = run.student_folder(seed, student["name"]), run.graphs(seed)
+    file, prefix = folder / "method.safetensors", "graph."
+    state = load_tensors(file) if file.exists() else {}
+    adapters = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+    if adapters:
+        graphs.representation.load_state_dict(adapters)
+    outputs = {k: x.float() for k, x in load_tensors(folder / "outputs.safetensors").items()}
+    bank, summary = run.bank(seed, videos), load_json(run.folder / "summary.json")
+    return Finished(videos, bank, graphs, bool(adapters), results, summary, student, outputs)
+
+
+def _matched(look: Finished) -> nx.Graph:
+    """The logits graph of the test videos, with the student."""
     test, logits_graph = look.test, look.graphs.logits
-    temperature = logits_graph.temperature
-    student = torch.softmax(look.outputs["logits"][test] / temperature, 1)
-    weights = look.graphs.edges.teachers[-1][test]
-    graph = logits_graph.to_networkx(look.bank.probs(temperature)[test], weights, student)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(1.25, 1))
-    plots.plot_logits_graph(graph, left)
-    heaviest = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])
-    edge = graph[heaviest[0]][heaviest[1]]
-    plots.plot_plan(edge["plan"], look.videos.label_names, edge["rows"], edge["columns"], right)
-    return figure
+    student = torch.softmax(look.outputs["logits"][test] / logits_graph.temperature, 1)
+    probs = look.bank.probs(logits_graph.temperature)[test]
+    return logits_graph.to_networkx(probs, look.graphs.edges.teachers[-1][test], student)
 
 
-def _representation_graph(look: Finished) -> Figure | None:
-    folder = look.run.student_folder(look.run.profile.seeds[0], look.method)
-    file = folder / "method.safetensors"
-    if not file.exists():  # a method without adapters
+def _logits_graph(look: Finished) -> Figure:
+    return plots.plot_logits_graph(_matched(look)).figure
+
+
+def _plan(look: Finished) -> Figure | None:
+    """The plan between the two heaviest teachers."""
+    if len(look.bank.teachers) < 2:
         return None
-    state, prefix = load_tensors(file), "graph."
-    trained = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
-    if not trained:
+    graph = _matched(look)
+    heaviest = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])
+    edge, labels = graph[heaviest[0]][heaviest[1]], look.videos.label_names
+    return plots.plot_plan(edge["plan"], labels, edge["rows"], edge["columns"]).figure
+
+
+@torch.no_grad()
+def _representation_graph(look: Finished) -> Figure | None:
+    if not look.adapted:
         return None
     graph, edges, test = look.graphs.representation, look.graphs.edges, look.test
-    graph.load_state_dict(trained)
-    with torch.no_grad():
-        distances = graph.distances(
-            look.outputs["features"][test], look.bank.features_at(test), edges.consensus[-1][test]
-        )
-    figure, axes = plt.subplots(figsize=(5.4, 4.6))
-    plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances), axes)
-    return figure
+    features = look.outputs["features"][test], look.bank.features_at(test)
+    distances = graph.distances(*features, edges.consensus[-1][test])
+    return plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances)).figure
 
 
 def _edge_weights(look: Finished) -> Figure:
-    edges, rows = look.graphs.edges, look.videos.training_rows
-    teachers = edges.teachers[:, rows]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    within = effective_number(teachers[-1]).mean()
-    panels = (
-        ("teachers", teachers.mean(1), within, look.bank.teachers),
-        ("pairs", edges.pairs, effective_number(edges.pairs[-1]), look.graphs.representation.names),
-    )
-    for ax, (what, weights, number, names) in zip(axes, panels, strict=True):
-        plots.plot_edges_over_training(weights.numpy(), names, ax)
-        title = f"{what}: effective number {number:.1f} of {len(names)}"
-        ax.set_title(title, loc="left", pad=24)
-        ax.set_xlabel("moment of the training")
+    edges, pairs = look.graphs.edges, look.graphs.representation.names
+    teachers = edges.teachers[:, look.videos.training_rows]
+    figure, axes = plt.subplots(2, figsize=(5.6, 6.4))
+    for ax, what, names, mean, last in (
+        # pairs first: the room that their names take makes both plots lower
+        (axes[1], "pairs", pairs, edges.pairs, edges.pairs[-1]),
+        (axes[0], "teachers", look.bank.teachers, teachers.mean(1), teachers[-1]),
+    ):
+        plots.plot_edges_over_training(mean, names, ax)
+        effective = float(effective_number(last).mean())
+        ax.set_title(f"effective number of {what}: {effective:.1f} of {len(names)}", pad=16)
     return figure
 
 
@@ -109,14 +121,14 @@ def _embeddings(look: Finished) -> Figure | None:
     if len(look.test) < 5:  # UMAP needs neighbours
         return None
     weights = look.graphs.edges.teachers[-1][look.videos.training_rows].mean(0)
-    best, test = int(weights.argmax()), look.test
-    names = look.bank.teachers[best], look.label
-    features = look.bank.features_at(test)[best], look.outputs["features"][test]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
-    titles = f"teacher: {names[0]}", f"student: {names[1]}"
-    for ax, title, x in zip(axes, titles, features, strict=True):
-        points = plots.embed(x.numpy())
-        plots.plot_embedding(points, look.videos.labels[test], look.videos.label_names, ax)
+    best, names = int(weights.argmax()), look.videos.label_names
+    shown = {
+        f"teacher: {look.bank.teachers[best]}": look.bank.features_at(look.test)[best],
+        f"student: {look.student['label']}": look.outputs["features"][look.test],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(6.75, 3.0))
+    for ax, (title, features) in zip(axes, shown.items(), strict=True):
+        plots.plot_embedding(plots.embed(features), look.videos.labels[look.test], names, ax)
         ax.set_title(title)
     if legend := axes[0].get_legend():  # one for both
         legend.remove()
@@ -124,29 +136,26 @@ def _embeddings(look: Finished) -> Figure | None:
 
 
 def _accuracy(look: Finished) -> Figure:
-    baselines = load_json(look.run.folder / "summary.json")["baselines"]
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
-    plots.plot_accuracy(look.results, axes, chance=baselines["chance"])
-    return figure
+    return plots.plot_accuracy(look.results, chance=look.summary["baselines"]["chance"]).figure
 
 
 def _tradeoff(look: Finished) -> Figure:
-    results, summary = look.results, load_json(look.run.folder / "summary.json")
-    shown = [*look.bank.teachers, look.run.profile.methods[0], look.method]
-    points = []
-    for (kind, name), rows in results.groupby(["kind", "name"], sort=False):
-        if name in shown:
-            cost = summary["teacher"][name] if kind == "teacher" else summary["student"]
-            about = {"name": rows["label"].iloc[0], "kind": kind}
-            points.append(about | {"accuracy": rows["accuracy"].mean()} | cost)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
-    for ax, x in zip(axes, ("latency_ms", "params", "gflops"), strict=True):
-        plots.plot_tradeoff(points, x, ax)
+    """The teachers, the first method's student (of the labels, by default) and the headline's."""
+    models = look.results.groupby(["kind", "name"], sort=False, as_index=False)
+    models = models.agg({"accuracy": "mean", **dict.fromkeys(plots.LOOK, "first")})
+    is_teacher = models["kind"] == "teacher"
+    first = models[~is_teacher]["name"].iloc[0]
+    models = models[is_teacher | models["name"].isin([first, look.student["name"]])]
+    figure, axes = plt.subplots(2, figsize=(5.6, 5.2))
+    for ax, cost in zip(axes, ("latency_ms", "params"), strict=True):
+        of = [look.summary["teacher"].get(name, look.summary["student"]) for name in models["name"]]
+        plots.plot_tradeoff(models.assign(**{cost: [costs[cost] for costs in of]}), cost, ax)
     return figure
 
 
 FIGURES: dict[str, Callable[[Finished], Figure | None]] = {
     "logits_graph": _logits_graph,
+    "transport_plan": _plan,
     "representation_graph": _representation_graph,
     "edge_weights": _edge_weights,
     "embeddings": _embeddings,
@@ -160,13 +169,12 @@ def draw_figures(run: Run, out: Path) -> list[Path]:
 
     A figure that a run cannot fill is left out with a line.
     """
-    look, written = Finished.open(run), []
+    look, written = open_finished(run), []
     with plots.style():
         for name, draw in FIGURES.items():
-            figure = draw(look)
-            if figure is None:
+            if figure := draw(look):
+                written += plots.save_figure(figure, out, name)
+                plt.close(figure)
+            else:
                 tqdm.write(f"{name}: not drawn, this run is too small for it or lacks the method")
-                continue
-            written += plots.save_figure(figure, out, name)
-            plt.close(figure)
     return written

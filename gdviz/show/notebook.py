@@ -14,11 +14,12 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from IPython.display import Markdown, display
+from jaxtyping import UInt8
 from matplotlib import pyplot as plt
 from torch import Tensor
 
 from gdviz.config import METHODS, PROFILES, Profile
-from gdviz.core.files import UserError, load_tensors
+from gdviz.core.files import UserError, load_jsonl, load_tensors
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet, load_motion
 from gdviz.experiment.folder import Run, open_run
@@ -37,36 +38,35 @@ class Session:
     run: Run
 
     def videos(self, *, labelled: int = 4, unlabelled: int = 24, test: int = 4) -> VideoSet:
-        """A small set drawn afresh (videos a class), unlike the run's; kept under ``data/``."""
+        """Draw a small set (videos a class), unlike the run's; it is kept under ``data/``."""
         sizes = {"labelled": labelled, "unlabelled": unlabelled, "test": test}
         cfg = replace(self.profile.motion, **sizes, seed=self.seed + 101)
         return load_motion(cfg, self.profile.view, self.root / "data")
 
-    def films(self) -> tuple[np.ndarray, list[str]]:
-        """The example's video files at full size, uint8 ``[n, f, h, w, 3]``, and their classes."""
-        files, cfg = (
-            sorted((self.root / "data/example/videos").glob("*/*.mp4")),
-            self.profile.motion,
-        )
-        return np.stack([read_square(file, cfg.frames, cfg.size)[0].numpy() for file in files]), [
-            f.parent.name for f in files
-        ]
+    def films(self) -> tuple[UInt8[np.ndarray, "n f h w 3"], list[str]]:
+        """Return the bundled run's video files at full size, and their classes."""
+        files = sorted((self.root / "data/example/videos").glob("*/*.mp4"))
+        cfg = self.profile.motion
+        films = [read_square(file, cfg.frames, cfg.size)[0].numpy() for file in files]
+        return np.stack(films), [file.parent.name for file in files]
 
     def history(self, kind: str, name: str) -> list[dict[str, float]]:
-        """Training curves of one of the run's ``teachers`` or ``students``, first seed."""
-        return load_jsonl(
-            self.run.folder / f"seed{self.run.profile.seeds[0]}" / kind / name / "history.jsonl"
-        )
+        """Return training curves of one of the run's "teachers" or "students", first seed."""
+        folder = self.run.teacher_folder if kind == "teachers" else self.run.student_folder
+        return load_jsonl(folder(self.run.profile.seeds[0], name) / "history.jsonl")
 
     def outputs(self, method: str) -> dict[str, Tensor]:
-        """A student's ``logits`` (and ``features``) on every video of the run, first seed."""
+        """Return a student's logits (and features) of every video of the run, first seed."""
         file = self.run.student_folder(self.run.profile.seeds[0], method) / "outputs.safetensors"
         return {name: x.float() for name, x in load_tensors(file).items()}
 
 
 def check(answer: Any, right: Callable[[Any], Any], hint: str) -> None:
-    """Says whether an exercise's answer is right; ``...`` is one not given yet. Raises
-    AssertionError with the hint."""
+    """Print whether an exercise's answer is right; ``...`` is one not given yet.
+
+    Raises:
+        AssertionError: it is wrong; says the hint.
+    """
     if answer is not ...:
         assert bool(right(answer)), hint
     print("not answered yet" if answer is ... else "right")
@@ -78,9 +78,9 @@ def find_run(root: Path) -> Run:
     That is all default methods and two teachers or more; else the bundled run.
     """
     done = sorted(root.glob("runs/*/summary.json"), key=lambda file: -file.stat().st_mtime)
-    for folder in (file.parent for file in done if (file.parent / "results.csv").exists()):
+    for file in done:
         try:
-            run = open_run(folder)
+            run = open_run(file.parent)
         except UserError:  # made by another version of gdviz
             continue
         if set(METHODS) <= set(run.profile.methods) and len(run.profile.teachers.tasks) > 1:
@@ -89,46 +89,36 @@ def find_run(root: Path) -> Run:
 
 
 def setup(seed: int = 0, profile: str = "smoke") -> Session:
-    """Seed, threads, device and figure style of a notebook; shows versions and which run is looked
-    at.
+    """Set seed, threads and figure style of a notebook; show versions and the run looked at.
 
     Raises:
-        UserError: not started inside the project, or the example is damaged.
+        UserError: not started inside the project, or the bundled run is damaged.
     """
     here = Path.cwd()
-    root = next(
-        (
-            folder
-            for folder in (here, *here.parents)
-            if (folder / "data/example/SHA256SUMS").exists()
-        ),
-        None,
-    )
-    if root is None:
+    roots = [f for f in (here, *here.parents) if (f / "data/example/SHA256SUMS").exists()]
+    if not roots:
         raise UserError(
             f"{here} is not inside the gdviz project (no data/example above it); start Jupyter "
             "there"
         )
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # read when UMAP is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
-    torch.set_flush_denormal(True)  # see gdviz.experiment.steps
+    torch.set_flush_denormal(True)  # as runs do
     torch.manual_seed(seed)
-    plt.switch_backend(
-        mpl.get_backend()
-    )  # now: a first figure within plots.style() would leave pyplot not interactive
-    mpl.rcParams.update(plots._RC)
-    device, run = "cuda" if torch.cuda.is_available() else "cpu", find_run(root)
-    rows = {"Python": platform.python_version()} | {
-        name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")
+    # Now: a first figure within plots.style() would leave pyplot not interactive.
+    plt.switch_backend(mpl.get_backend())
+    mpl.rcParams.update(plots.STYLE)
+    device, run = "cuda" if torch.cuda.is_available() else "cpu", find_run(roots[0])
+    packed = " (no finished run under `runs/`)" if isinstance(run, Bundled) else ""
+    rows = {
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "profile": profile,
+        "looking at": f"`{run.folder.relative_to(roots[0])}`{packed}",
     }
-    rows |= {"device": device, "threads": torch.get_num_threads(), "seed": seed, "profile": profile}
-    rows["looking at"] = f"`{run.folder.relative_to(root)}`" + (
-        " (no finished run under `runs/`)" if isinstance(run, Bundled) else ""
-    )
-    display(
-        Markdown(
-            "| | |\n|---|---|\n"
-            + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        )
-    )
-    return Session(seed, PROFILES[profile], device, root, run)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    display(Markdown(f"| | |\n|---|---|\n{table}"))
+    return Session(seed, PROFILES[profile], device, roots[0], run)

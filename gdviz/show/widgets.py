@@ -1,7 +1,7 @@
-"""Widgets: controls above a picture, thin shells over the graphs' functions and ``gdviz.show.plots``.
+"""Widgets: controls above a picture, thin shells over the graphs' functions and the plots.
 
-A widget *is* its pure method ``show(**values) -> (Figure, numbers)``; the rest, shared by all, connects it to
-sliders. Every control has a name and a read-out and answers to the arrow keys.
+A widget *is* its pure method ``show(**values) -> (Figure, numbers)``; the rest, shared by all,
+connects it to controls. Every control has a name and answers to the keyboard.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import ipywidgets as ipw
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -26,200 +26,154 @@ from gdviz import graphs
 from gdviz.graphs import LogitsGraph, RepresentationGraph, TensorSketch, kernels
 from gdviz.show import plots
 
+Probs = Float[Tensor, "clips teachers classes"]
+Labels = Int[Tensor, " clips"]  # -1 where unknown
+Cost = Float[Tensor, "classes classes"]
+Features = Sequence[Float[Tensor, "clips _"]]  # of each teacher
+Names = Sequence[str]
 Shown = tuple[Figure, dict[str, float | str]]
 
 
 class Explorer:
     """Controls, a read-out and a picture that follow each other.
 
-    Subclasses define ``show``. What it raises is shown in place of the read-out, kept in ``errors`` and
-    raised again: nothing fails in silence.
+    Subclasses define ``show``. What it raises is shown in place of the read-out and raised again:
+    nothing fails in silence.
 
     Args:
         controls: one ipywidget for each argument of ``show``; its description is its label.
     """
 
     def __init__(self, **controls: ipw.ValueWidget) -> None:
-        self.controls, self.errors = controls, []
-        self.readout, self.picture = (
-            ipw.HTML(),
-            ipw.Image(format="png", layout=ipw.Layout(max_width="100%")),
-        )
-        self.widget = ipw.VBox([*controls.values(), self.readout, self.picture])
+        self.controls = controls
+        self.readout = ipw.HTML()
+        self.picture = ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
+        parts = [*controls.values(), self.readout, self.picture]
+        # Stretched to the page's width, a picture would be blurred.
+        self.widget = ipw.VBox(parts, layout=ipw.Layout(align_items="flex-start"))
         for control in controls.values():
-            control.style, control.layout = {"description_width": "11em"}, ipw.Layout(width="32em")
+            control.style = {"description_width": "11em"}
+            if not isinstance(control, ipw.ToggleButtons):
+                control.layout, control.continuous_update = ipw.Layout(width="32em"), False
             control.observe(self.refresh, "value")
         self.refresh()
 
     def show(self, **values: Any) -> Shown:
+        """Return the picture and the read-out's numbers for these values of the controls."""
         raise NotImplementedError
-
-    def draw(self, **values: Any) -> Figure:
-        """The picture for the given values; those left out are the controls'."""
-        return self.show(**self.values | values)[0]
 
     @property
     def values(self) -> dict[str, Any]:
+        """What the controls stand at."""
         return {name: control.value for name, control in self.controls.items()}
 
     def refresh(self, change: Any = None) -> None:
-        """Draws what the controls say. An observer of each of them."""
+        """Show what the controls stand at; each of them calls it."""
+        self.readout.value = "<span role='status'>drawing …</span>"
         try:
             figure, numbers = self.show(**self.values)
             buffer = io.BytesIO()
             with plots.style():
                 figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
         except Exception as error:
-            self.errors.append(error)
             text = html.escape(f"{type(error).__name__}: {error}")
             self.readout.value = f"<b role='alert'>{text}</b> (the picture below is older)"
             raise
         self.picture.value = buffer.getvalue()
-        words = {
-            name: html.escape(v) if isinstance(v, str) else f"{v:.3g}"
-            for name, v in numbers.items()
-        }
-        said = (f"{html.escape(name)} <b>{word}</b>" for name, word in words.items())
-        self.readout.value = f"<span role='status'>{' &nbsp;·&nbsp; '.join(said)}</span>"
+        words = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}
+        each = (f"{html.escape(k)} <b>{html.escape(v)}</b>" for k, v in words.items())
+        self.readout.value = f"<span role='status'>{' &nbsp;·&nbsp; '.join(each)}</span>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """The live widget, and the picture for where no kernel runs: a saved notebook, a web page."""
-        return self.widget._repr_mimebundle_() | {
-            "image/png": base64.b64encode(self.picture.value).decode()
-        }
+        """Return the live widget, and the picture for where no kernel runs."""
+        still = base64.b64encode(self.picture.value).decode()
+        return self.widget._repr_mimebundle_() | {"image/png": still}
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """A figure that pyplot does not know of: nothing to close, nothing shown twice."""
+    """Return a figure that pyplot does not know of: nothing to close, nothing shown twice."""
     figure = Figure(figsize=(width, height))
-    return figure, np.atleast_1d(figure.subplots(1, panels))
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _slider(
-    label: str, value: float, low: float, high: float, step: float = 0.05
-) -> ipw.ValueWidget:
-    """Whole numbers if all of these are."""
-    kind = (
-        ipw.IntSlider
-        if all(isinstance(v, int) for v in (value, low, high, step))
-        else ipw.FloatSlider
-    )
-    return kind(
-        value=value, min=low, max=high, step=step, description=label, continuous_update=False
-    )
-
-
-def _log_slider(
-    label: str, value: float, low: float, high: float, base: int = 10, step: float = 0.1
-) -> ipw.ValueWidget:
-    exponents = {"min": math.log(low, base), "max": math.log(high, base), "step": step}
-    return ipw.FloatLogSlider(
-        value=value, base=base, **exponents, description=label, readout_format=".3g", continuous_update=False
-    )  # fmt: skip
+def _choice(label: str, options: Names, value: str) -> ipw.ValueWidget:
+    """Return buttons: JupyterLab takes the arrow keys of a drop-down list for its own."""
+    look = {"style": {"button_width": "auto"}, "description": label}
+    return ipw.ToggleButtons(options=list(options), value=value, **look)
 
 
 class PlanExplorer(Explorer):
-    """What transport between two teachers' distributions is, and what ``eps`` and a softening temperature do to it.
+    """What transport between two teachers' distributions is; what eps and a temperature do to it.
 
-    Args:
-        probs: ``[N, K, C]`` teacher probabilities.
-        names: K teachers.
-        class_names: C classes.
-        cost: ``[C, C]`` ground cost.
+    ``names`` are the teachers', ``cost`` is the ground cost. Of many classes those with most mass
+    are drawn.
     """
 
-    def __init__(
-        self,
-        probs: Float[Tensor, "clips teachers classes"],
-        names: Sequence[str],
-        class_names: Sequence[str],
-        cost: Tensor,
-    ) -> None:
+    def __init__(self, probs: Probs, names: Names, class_names: Names, cost: Cost) -> None:
         self.probs, self.names, self.class_names, self.cost = probs, list(names), class_names, cost
         super().__init__(
-            clip=_slider("clip", 0, 0, len(probs) - 1, 1),
-            first=ipw.Dropdown(options=self.names, value=names[0], description="from teacher"),
-            second=ipw.Dropdown(options=self.names, value=names[-1], description="to teacher"),
-            eps=_log_slider("regularisation eps", 0.1, 0.01, 1),
-            temperature=_log_slider("temperature T", 1, 0.5, 20),
+            clip=ipw.IntSlider(0, 0, len(probs) - 1, description="clip"),
+            first=_choice("from teacher", names, names[0]),
+            second=_choice("to teacher", names, names[-1]),
+            eps=ipw.FloatLogSlider(0.1, min=-2, max=0, description="regularisation eps"),
+            temperature=ipw.FloatLogSlider(1, min=-0.3, max=1.3, description="temperature T"),
         )
 
     @plots.style()
     def show(
         self, clip: int, first: str, second: str, eps: float, temperature: float = 1.0
     ) -> Shown:
-        p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(
-            -1
-        )  # p^(1/T), to unit mass
-        i, j = self.names.index(first), self.names.index(second)
+        p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(-1)
+        pair = p[[self.names.index(first), self.names.index(second)]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", graphs.ConvergenceWarning)  # the read-out tells
-            solved = graphs.sinkhorn(p[i], p[j], self.cost, eps=eps)
+            solved = graphs.sinkhorn(*pair, self.cost, eps=eps)
             consensus = graphs.barycenter(p, torch.ones_like(p[:, 0]), self.cost, eps=eps, tol=1e-4)
+        plan, drawn = solved.plan(), torch.cat([pair, consensus.distribution[None]])
+        heaviest = drawn.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
+        labels = [self.class_names[c] for c in heaviest]
         figure, (bars, heat) = _figure(9, 3.8, 2)
-        at = np.arange(len(self.class_names))
-        for k, (name, q) in enumerate(
-            [(first, p[i]), (second, p[j]), ("consensus of all", consensus.distribution)]
-        ):
-            look = {"color": plots.PALETTE[k], "ec": "white", "hatch": ("", "////", "....")[k]}
-            bars.barh(at + (k - 1) * 0.27, q.numpy(), 0.27, label=name, **look)
-        bars.set(
-            yticks=at,
-            yticklabels=self.class_names,
-            xlabel="probability",
-            xlim=(0, 1),
-            ylim=(len(at) - 0.4, -0.6),
-        )
+        at = np.arange(len(labels))
+        looks = zip((first, second, "consensus of all"), ("", "////", "...."), drawn, strict=True)
+        for k, (name, hatch, q) in enumerate(looks):
+            look = {"color": plots.PALETTE[k], "ec": "white", "hatch": hatch, "label": name}
+            bars.barh(at + (k - 1) * 0.27, q[heaviest].numpy(), 0.27, **look)
+        bars.set(yticks=at, yticklabels=labels, xlabel="probability", xlim=(0, 1))
+        bars.set_ylim(len(at) - 0.4, -0.6)
         bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-        plan = solved.plan()
-        plots.plot_plan(plan, self.class_names, first, second, heat)
-        converged = "yes" if solved.converged and consensus.converged else "no: raise eps"
-        moved = float((plan * self.cost).sum())
+        plots.plot_plan(plan[heaviest][:, heaviest], labels, first, second, heat)
+        converged = bool(solved.converged) and bool(consensus.converged)
         return figure, {
-            "cost of the plan": moved,
+            "cost of the plan": float((plan * self.cost).sum()),
             "marginal error": float(solved.error),
-            "converged": converged,
+            "converged": "yes" if converged else "no: raise eps",
         }
 
 
 class EdgeExplorer(Explorer):
     """How evidence about the teachers becomes edge weights of the logits graph.
 
-    Args:
-        probs: ``[N, K, C]`` out-of-fold teacher probabilities; a hundred clips are plenty.
-        labels: ``[N]``, -1 where unknown.
-        names: K teachers.
-        cost: ``[C, C]`` ground cost.
+    ``probs`` are out of fold; a hundred clips are plenty. ``names`` are the teachers'.
     """
 
-    def __init__(
-        self,
-        probs: Float[Tensor, "clips teachers classes"],
-        labels: Int[Tensor, " clips"],
-        names: Sequence[str],
-        cost: Tensor,
-    ) -> None:
-        self.probs, self.labels, self.cost, self.graph = (
-            probs,
-            labels,
-            cost,
-            LogitsGraph(names, cost),
-        )
-        # Evidence is linear in alpha: found once at both ends.
-        self.agreement, self.truth = (
-            graphs.evidence(probs, labels, cost, alpha=alpha) for alpha in (0.0, 1.0)
-        )
+    def __init__(self, probs: Probs, labels: Labels, names: Names, cost: Cost) -> None:
+        self.probs, self.labels, self.cost = probs, labels, cost
+        self.graph = LogitsGraph(names, cost)
+        # Evidence is linear in alpha: both ends of it are enough.
+        self.agreement = graphs.evidence(probs, labels, cost, alpha=0.0)
+        self.truth = graphs.evidence(probs, labels, cost, alpha=1.0)
+        share = {"min": 0.0, "max": 1.0, "step": 0.05}
         super().__init__(
-            eta=_log_slider("temperature eta", 0.1, 0.01, 10),
-            alpha=_slider("share of labels alpha", 0.5, 0.0, 1.0),
-            prior=_slider("strength of prior", 1.0, 0.0, 1.0),
-            floor=_slider("floor", 0.05, 0.0, 1.0),
+            eta=ipw.FloatLogSlider(0.1, min=-2, max=1, description="temperature eta"),
+            alpha=ipw.FloatSlider(0.5, **share, description="share of labels alpha"),
+            prior=ipw.FloatSlider(1, **share, description="strength of prior"),
+            floor=ipw.FloatSlider(0.05, **share, description="floor"),
         )
 
     def weights(
         self, eta: float, alpha: float, prior: float, floor: float
     ) -> Float[Tensor, "clips teachers"]:
-        """``softmax(prior log prior_k - c_nk / eta)`` with the floor, ``[N, K]``."""
+        """Return ``softmax(prior log prior_k - c_nk / eta)`` with the floor, ``[N, K]``."""
         c = alpha * self.truth + (1 - alpha) * self.agreement
         log_prior = prior * graphs.teacher_prior(self.probs, self.labels, self.cost)
         return graphs.closed_form(c, eta=eta, log_prior=log_prior, floor=floor)
@@ -227,53 +181,40 @@ class EdgeExplorer(Explorer):
     @plots.style()
     def show(self, **values: float) -> Shown:
         weights = self.weights(**values)
-        figure, (ax,) = _figure(6, 4.6, 1)
-        plots.plot_logits_graph(
-            self.graph.to_networkx(self.probs, weights.to(self.probs)), ax, vmax=1.0
-        )
-        mean, teachers = weights.mean(0), len(self.graph.teachers)
+        figure, (ax,) = _figure(6, 3.6, 1)
+        graph = self.graph.to_networkx(self.probs, weights.to(self.probs))
+        plots.plot_logits_graph(graph, ax, vmax=1.0)
+        mean, effective = weights.mean(0), graphs.effective_number
         return figure, {
-            "effective number of teachers": f"{float(graphs.effective_number(mean)):.2f} of {teachers}",
-            "within a clip": f"{float(graphs.effective_number(weights).mean()):.2f}",
+            "effective number of teachers": f"{float(effective(mean)):.2f} of {len(mean)}",
+            "within a clip": f"{float(effective(weights).mean()):.2f}",
             "heaviest": f"{self.graph.teachers[int(mean.argmax())]} ({float(mean.max()):.2f})",
         }
 
 
 class BandwidthExplorer(Explorer):
-    """Why several kernel widths: far from the median the MMD has no gradient.
-
-    Args:
-        teacher_features: K tensors ``[N, d_k]``.
-        student_features: ``[N, d_s]``.
-        labels: ``[N]``, -1 where unknown.
-        graph: the trained representation graph; by default a new one, with random adapters.
-    """
+    """Why several kernel widths: far from the median the MMD has no gradient."""
 
     def __init__(
         self,
-        teacher_features: Sequence[Tensor],
-        student_features: Tensor,
-        labels: Tensor,
-        graph: RepresentationGraph | None = None,
+        teacher_features: Features,
+        student_features: Float[Tensor, "clips student_dim"],
+        labels: Labels,
+        graph: RepresentationGraph,
     ) -> None:
-        self.student, self.labels = student_features.detach(), labels
-        if graph is None:
-            names, sizes = zip(
-                *((f"teacher {k}", x.shape[1]) for k, x in enumerate(teacher_features)), strict=True
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                graph = RepresentationGraph(names, sizes, student_features.shape[1])
-            graph.fit_scalers(teacher_features)
-        self.graph, self.teachers = graph, graph.teacher_vectors(teacher_features)
-        pairs = list(zip(graph.names, graph.pairs, strict=True))
+        self.student, self.labels, self.graph = student_features.detach(), labels, graph
+        self.teachers, names = graph.teacher_vectors(teacher_features), graph.teachers
         super().__init__(
-            pair=ipw.Dropdown(options=pairs, value=pairs[0][1], description="pair of teachers"),
-            multiple=_log_slider("bandwidth / median", 1.0, 0.01, 100),
+            first=_choice("first of the pair", names, names[0]),
+            second=_choice("second of the pair", names, names[-1]),
+            multiple=ipw.FloatLogSlider(1, min=-2, max=2, description="bandwidth / median"),
         )
 
     def mmd(self, pair: tuple[int, int], multiple: float) -> tuple[Tensor, float, float]:
-        """Kernels ``[3, N, N]`` (teachers, student, across), the MMD² and the length of its gradient."""
+        """Return kernels ``[3, N, N]`` (teachers, student, across), the MMD² and its slope.
+
+        The slope is the length of the gradient in the student's features.
+        """
         h = self.student.clone().requires_grad_()
         x, s = ([v[k] for k in pair] for v in (self.teachers, self.graph.student_vectors(h)))
         grams = [
@@ -286,59 +227,45 @@ class BandwidthExplorer(Explorer):
         return k.detach(), value.item(), gradient.norm().item()
 
     @plots.style()
-    def show(self, pair: tuple[int, int], multiple: float) -> Shown:
+    def show(self, first: str, second: str, multiple: float) -> Shown:
+        pair = self.graph.teachers.index(first), self.graph.teachers.index(second)
         k, value, slope = self.mmd(pair, multiple)
         figure, (left, right) = _figure(9, 3.4, 2)
-        mask = kernels.off_diagonal(k.shape[-1])
-        for of, name, line in zip(
-            k, ("teachers", "student", "teachers to student"), plots.LINES, strict=False
-        ):
-            left.hist(
-                of[mask].numpy(),
-                np.linspace(0, 1, 41),
-                density=True,
-                histtype="step",
-                lw=1.6,
-                ls=line,
-                label=name,
-            )
+        mask, bins = kernels.off_diagonal(k.shape[-1]), np.linspace(0, 1, 41)
+        names = "teachers", "student", "teachers to student"
+        for of, name, line in zip(k, names, plots.LINES[:3], strict=True):
+            look = {"density": True, "histtype": "step", "lw": 1.6, "ls": line}
+            left.hist(of[mask].numpy(), bins, label=name, **look)
         left.set(xlabel="kernel between two clips", ylabel="density", xlim=(0, 1))
         left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
         grid = np.geomspace(0.01, 100, 17)
-        curves = np.array([self.mmd(pair, m)[1:] for m in grid])
-        for curve, name, look in zip(
-            curves.T, ("MMD²", "gradient norm"), ("o-", "s--"), strict=True
-        ):
-            right.plot(grid, curve / abs(curve).max(), look, ms=4, label=f"{name} / its maximum")
+        values, slopes = np.array([self.mmd(pair, m)[1:] for m in grid]).T
+        right.plot(grid, values / abs(values).max(), "o-", ms=4, label="MMD² / its maximum")
+        right.plot(grid, slopes / slopes.max(), "s--", ms=4, label="gradient norm / its maximum")
         right.axvline(multiple, color=plots.INK, lw=1)
         right.set(xscale="log", xlabel="bandwidth / median squared distance")
         right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-        return figure, {
-            "MMD²": value,
-            "gradient norm": slope,
-            "mean kernel across": float(k[2].mean()),
-        }
+        across = float(k[2].mean())
+        return figure, {"MMD²": value, "gradient norm": slope, "mean kernel across": across}
 
 
 class SketchExplorer(Explorer):
-    """What a Tensor Sketch costs against the exact product of Gram matrices, for one pair of teachers.
+    """What a Tensor Sketch costs against the exact product of Gram matrices.
 
-    Args:
-        teacher_features: at least two tensors ``[N, d_k]``; the first two are used, standardised.
-        seed: of the hashes.
+    The pair is the first two teachers, standardised; ``seed`` is that of the hashes.
     """
 
-    def __init__(self, teacher_features: Sequence[Float[Tensor, "clips _"]], seed: int = 0) -> None:
-        graph = RepresentationGraph(
-            ("first", "second"), [x.shape[1] for x in teacher_features[:2]], 1
-        )
-        graph.fit_scalers(teacher_features[:2])
-        self.vectors, self.seed = graph.teacher_vectors(teacher_features[:2]), seed
-        self.exact = graph.pair_grams(teacher_features[:2])[0]
-        super().__init__(size=_log_slider("size of the sketch", 512, 16, 8192, base=2, step=1))
+    def __init__(self, teacher_features: Features, seed: int = 0) -> None:
+        pair = list(teacher_features[:2])
+        graph = RepresentationGraph(("first", "second"), [x.shape[1] for x in pair], 1)
+        graph.fit_scalers(pair)
+        self.vectors, self.seed = graph.teacher_vectors(pair), seed
+        self.exact = graph.pair_grams(pair)[0]
+        powers = {"base": 2, "min": 4, "max": 13, "step": 1}
+        super().__init__(size=ipw.FloatLogSlider(512, **powers, description="size of the sketch"))
 
-    def sketched(self, size: int) -> tuple[Tensor, float]:
-        """Gram matrix ``[N, N]`` of the sketches, and its relative error ``|G - exact| / |exact|``."""
+    def sketched(self, size: int) -> tuple[Float[Tensor, "clips clips"], float]:
+        """Return the sketches' Gram matrix ``G``, and its error ``|G - exact| / |exact|``."""
         sketch = TensorSketch(max(v.shape[1] for v in self.vectors), size, seed=self.seed)
         gram = kernels.gram(sketch(self.vectors, [(0, 1)])[0])
         return gram, float((gram - self.exact).norm() / self.exact.norm())
@@ -347,50 +274,33 @@ class SketchExplorer(Explorer):
     def show(self, size: float) -> Shown:
         gram, error = self.sketched(round(size))
         figure, (left, right) = _figure(9, 3.6, 2)
-        left.plot(
-            self.exact.flatten().numpy(),
-            gram.flatten().numpy(),
-            ".",
-            ms=3,
-            alpha=0.5,
-            rasterized=True,
-        )
+        dots = {"ms": 3, "alpha": 0.5, "rasterized": True}
+        left.plot(self.exact.flatten().numpy(), gram.flatten().numpy(), ".", **dots)
         left.axline((0, 0), slope=1, color=plots.INK, lw=1)
         left.set(xlabel="exact inner product", ylabel=f"from sketches of size {round(size)}")
         sizes = 2 ** np.arange(4, 14)
         errors = [self.sketched(int(m))[1] for m in sizes]
         right.loglog(sizes, errors, "o-", ms=4, label="this sketch")
-        right.set_xscale("log", base=2)
-        right.plot(
-            sizes,
-            errors[0] * (sizes / sizes[0]) ** -0.5,
-            ls=":",
-            color=plots.FAINT,
-            label="one over root of the size",
-        )
+        root = errors[0] * (sizes / sizes[0]) ** -0.5
+        right.plot(sizes, root, ls=":", color=plots.FAINT, label="one over root of the size")
         right.plot(size, error, "D", ms=9, color=plots.PALETTE[2], mec=plots.INK)
+        right.set_xscale("log", base=2)
         right.set(xlabel="size of the sketch", ylabel="relative error of the Gram matrix")
         right.legend()
         outer = math.prod(v.shape[1] for v in self.vectors)
-        return figure, {
-            "relative error": error,
-            "numbers a clip": f"{round(size)} (outer product: {outer})",
-        }
+        numbers = f"{round(size)} (outer product: {outer})"
+        return figure, {"relative error": error, "numbers a clip": numbers}
 
 
 class MotionPlayer(Explorer):
-    """Plays videos, frame by frame or by the clock.
+    """Plays videos, frame by frame or by the clock."""
 
-    Args:
-        videos: uint8 ``[n, f, h, w, 3]``.
-        titles: n names.
-    """
-
-    def __init__(self, videos: np.ndarray, titles: Sequence[str]) -> None:
+    def __init__(self, videos: UInt8[np.ndarray, "n f h w 3"], titles: Names) -> None:
         self.videos, self.titles = videos, titles
         last = videos.shape[1] - 1
         super().__init__(
-            clip=_slider("clip", 0, 0, len(videos) - 1, 1), frame=_slider("frame", 0, 0, last, 1)
+            clip=ipw.IntSlider(0, 0, len(videos) - 1, description="clip"),
+            frame=ipw.IntSlider(0, 0, last, description="frame"),
         )
         self.play = ipw.Play(min=0, max=last, interval=125, repeat=True)
         ipw.link((self.play, "value"), (self.controls["frame"], "value"))
@@ -402,7 +312,5 @@ class MotionPlayer(Explorer):
         ax.imshow(self.videos[clip, frame], interpolation="nearest")
         ax.set_title(self.titles[clip])
         ax.axis("off")
-        return figure, {
-            "clip": self.titles[clip],
-            "frame": f"{frame + 1} of {self.videos.shape[1]}",
-        }
+        of = f"{frame + 1} of {self.videos.shape[1]}"
+        return figure, {"clip": self.titles[clip], "frame": of}

@@ -1,26 +1,28 @@
-"""Figures hold what they promise, change nothing around them, and are the same bytes twice."""
+"""Plots hold what they promise, change nothing around them, and are the same bytes twice."""
 
 import os
 import subprocess
 import sys
+from itertools import combinations
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
 
-from gdviz.config import METHODS
 from gdviz.core.files import UserError
-from gdviz.data.motion import CLASSES
 from gdviz.graphs import LogitsGraph, RepresentationGraph, zero_one_cost
 from gdviz.show import plots
 
-NAMES = ("order", "coherence", "registration", "prediction")
-pytestmark = pytest.mark.filterwarnings("error")
+TEACHERS = ["order", "coherence", "registration", "prediction", "pace", "clip-order", "rotation"]
+TEACHERS += ["contrast", "masked", "sound", "colour", "depth"]
+CLASSES = ["left", "right", "anticlockwise", "clockwise", "up", "down"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +36,19 @@ def _nothing_left_behind():
 def logits_graph(teachers=4, student=True, heavy=0.7):
     g = torch.Generator().manual_seed(teachers)
     probs = torch.randn(4, teachers, 5, generator=g).mul(2).softmax(-1)
-    rest = (1 - heavy) * torch.softmax(torch.arange(teachers - 1.0), 0)
-    weights = (
-        torch.cat([torch.tensor([heavy]), rest]).expand(4, -1) if teachers > 1 else torch.ones(4, 1)
-    )
-    names = [*NAMES, "pace", "colour", "sound"][:teachers]
-    return LogitsGraph(names, zero_one_cost(5)).to_networkx(
-        probs, weights, probs[:, 0] if student else None
-    )
+    weights = torch.ones(teachers)
+    if teachers > 1:
+        rest = (1 - heavy) * torch.softmax(torch.arange(teachers - 1.0), 0)
+        weights = torch.cat([torch.tensor([heavy]), rest])
+    graph = LogitsGraph(TEACHERS[:teachers], zero_one_cost(5))
+    return graph.to_networkx(probs, weights.expand(4, -1), probs[:, 0] if student else None)
+
+
+def representation_graph(teachers=4, distance="mmd"):
+    graph = RepresentationGraph(TEACHERS[:teachers], [4] * teachers, 3, distance=distance)
+    g = torch.Generator().manual_seed(teachers)
+    weights = torch.softmax(torch.randn(len(graph.pairs), generator=g), 0)
+    return graph.to_networkx(weights, torch.linspace(0.1, 0.6, len(graph.pairs)))
 
 
 @pytest.fixture(scope="module")
@@ -53,161 +60,185 @@ def texts(ax):
     return [t.get_text() for t in ax.findobj(mpl.text.Text) if t.get_text()]
 
 
-def patches(ax):
+def edges(ax):
     return {p.get_gid(): p for p in ax.patches if isinstance(p, FancyArrowPatch)}
 
 
-def boxes(ax, wanted):
+def assert_apart(ax, wanted=None):
+    """No two texts overlap (all, or those wanted), and none leaves the figure."""
     ax.figure.draw_without_rendering()
-    return [mpl.text.Text.get_window_extent(t) for t in ax.texts if t.get_text() in wanted]
+    shown = [t for t in ax.texts if t.get_text() and (wanted is None or t.get_text() in wanted)]
+    boxes = [mpl.text.Text.get_window_extent(t).shrunk(0.98, 0.9) for t in shown]
+    pairs = combinations(range(len(shown)), 2)
+    assert [(shown[i], shown[j]) for i, j in pairs if boxes[i].overlaps(boxes[j])] == []
+    page = ax.figure.bbox
+    corners = [corner for box in boxes for corner in (box.min, box.max)]
+    assert [corner for corner in corners if not page.contains(*corner)] == []
+    return len(shown)
 
 
 def colour_bar(ax):
     return next(a for a in ax.figure.axes if a is not ax)
 
 
-def test_logits_graph_draws_every_edge_and_names_every_vertex(graph):
+# graphs
+
+
+@pytest.mark.parametrize("teachers", [1, 2, 4, 5, 9, 12])
+def test_logits_graph_draws_every_edge_and_keeps_names_and_weights_apart(teachers):
+    graph = logits_graph(teachers)
     ax = plots.plot_logits_graph(graph)
-    drawn = patches(ax)
-    assert {frozenset(gid.split(":")[1].split("|")) for gid in drawn} == {
-        frozenset(e) for e in graph.edges
-    }
-    assert set(NAMES) | {"consensus", "student"} <= set(texts(ax))
-    for name in NAMES:
-        assert f"{graph.edges['consensus', name]['weight']:.2f}" in texts(ax)
-    assert (
-        len({tuple(c.get_paths()[0].vertices.ravel()) for c in ax.collections}) == 3
-    )  # shapes of vertices
+    glued = {frozenset(e[:2]) for e in graph.edges(data="kind") if e[2] == "glued"}
+    drawn = {frozenset(gid.split(":")[1].split("|")) for gid in edges(ax)}
+    expected = {frozenset(e) for e in graph.edges}
+    assert drawn == (expected if teachers <= plots.NUMBERED else expected - glued)
+    weights = {n: graph.edges["consensus", n]["weight"] for n in TEACHERS[:teachers]}
+    named = {f"{name}  {weight:.2f}" for name, weight in weights.items()}
+    assert named | {"consensus", "student"} <= set(texts(ax))
+    assert_apart(ax)
+    kinds = {c.get_paths()[0].vertices.tobytes() for c in ax.collections}
+    assert len(kinds) == 3  # shapes of vertices
 
 
 def test_width_and_colour_follow_weight_and_glued_edges_are_thin_and_dashed(graph):
-    drawn = patches(plots.plot_logits_graph(graph))
-    solid = [
-        (graph.edges[g.split(":")[1].split("|")]["weight"], p)
-        for g, p in drawn.items()
-        if not g.startswith("glued")
-    ]
-    solid.sort(key=lambda pair: pair[0])
-    widths = [p.get_linewidth() for _, p in solid]
-    shades = [np.dot(p.get_edgecolor()[:3], (0.2, 0.7, 0.1)) for _, p in solid]
-    assert widths == sorted(widths) and widths[0] < widths[-1]
+    drawn = edges(plots.plot_logits_graph(graph))
+    weight = {gid: graph.edges[gid.split(":")[1].split("|")]["weight"] for gid in drawn}
+    solid = sorted((gid for gid in drawn if not gid.startswith("glued")), key=weight.get)
+    widths = [drawn[gid].get_linewidth() for gid in solid]
+    shades = [np.dot(drawn[gid].get_edgecolor()[:3], (0.2, 0.7, 0.1)) for gid in solid]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
     assert shades == sorted(shades, reverse=True)  # heavier is darker on white paper
     for gid, patch in drawn.items():
-        dashed = patch.get_linestyle() != "-" and patch.get_linestyle() != "solid"
+        dashed = patch.get_linestyle() not in ("-", "solid")
         assert dashed == gid.startswith("glued")
         assert not dashed or patch.get_linewidth() < 2
 
 
 def test_panels_with_one_vmax_share_limits_and_widths(graph):
     fig, (left, right) = plt.subplots(1, 2)
-    other = logits_graph(heavy=0.4)
-    for ax, of in ((left, graph), (right, other)):
-        plots.plot_logits_graph(of, ax, vmax=0.8)
+    for ax, of in ((left, graph), (right, logits_graph(heavy=0.4))):
+        assert plots.plot_logits_graph(of, ax, vmax=0.8) is ax
     assert [bar.get_ylim() for bar in fig.axes[2:]] == [(0, 0.8)] * 2
-    a, b = (patches(ax)["matching:consensus|order"].get_linewidth() for ax in (left, right))
+    a, b = (edges(ax)["matching:consensus|order"].get_linewidth() for ax in (left, right))
     assert (a - 0.8) / (b - 0.8) == pytest.approx(0.7 / 0.4, rel=1e-5)
 
 
 def test_colour_bar_ends_at_the_heaviest_teacher_and_points_beyond_for_beta(graph):
     bar = colour_bar(plots.plot_logits_graph(graph))
-    assert bar.get_ylim() == pytest.approx((0, 0.7)) and bar._colorbar.extend == "max"
-    assert (
-        colour_bar(plots.plot_logits_graph(logits_graph(student=False)))._colorbar.extend
-        == "neither"
-    )
+    assert bar.get_ylim() == pytest.approx((0, 0.7))
+    assert bar._colorbar.extend == "max"
+    without = colour_bar(plots.plot_logits_graph(logits_graph(student=False)))
+    assert without._colorbar.extend == "neither"
 
 
-@pytest.mark.parametrize("teachers", [1, 2, 3, 5, 7])
-def test_any_number_of_teachers_keeps_names_apart(teachers):
-    graph = logits_graph(teachers)
-    ax = plots.plot_logits_graph(graph)
-    extents = boxes(ax, set(graph))
-    assert len(extents) == teachers + 2
-    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
-
-
-def test_representation_graph_has_one_edge_a_pair_with_weight_and_distance():
-    rg = RepresentationGraph(NAMES, [4, 4, 5, 6], 3)
-    graph = rg.to_networkx(
-        torch.tensor([0.3, 0.2, 0.2, 0.15, 0.1, 0.05]), torch.linspace(0.1, 0.6, 6)
-    )
+@pytest.mark.parametrize("teachers", [1, 2, 3, 4, 5])
+def test_representation_graph_has_an_edge_a_pair_with_weight_and_distance(teachers):
+    graph = representation_graph(teachers, "cka")
     ax = plots.plot_representation_graph(graph)
-    said = texts(ax)
-    assert len(patches(ax)) == 6 and said.count("0.20") == 2
-    for name, distance in zip(rg.names, np.linspace(0.1, 0.6, 6), strict=True):
-        assert name.replace("+", " +\n") + f"\nMMD² {distance:.3f}" in said
+    pairs = {graph.nodes[p]["teachers"]: e for _, p, e in graph.edges("student", data=True)}
+    drawn = {tuple(gid.removeprefix("pair:").split("|")) for gid in edges(ax)}
+    assert drawn == {pair for pair in pairs if pair[0] != pair[1]}
+    numbers = [f"{e['weight']:.2f}\n{e['distance']:.3f}" for e in pairs.values()]
+    assert sorted(t for t in texts(ax) if "\n" in t) == sorted(numbers)
+    assert "1 - CKA to the student" in " ".join(texts(ax))
+    assert_apart(ax, {*TEACHERS, *numbers})
 
 
-@pytest.mark.parametrize("classes", [5, 20, 40])
-def test_heat_maps_show_the_matrix_they_were_given(classes):
-    matrix = (
-        np.random.default_rng(0).dirichlet(np.ones(classes * classes)).reshape(classes, classes)
-    )
-    labels = [f"c{i}" for i in range(classes)]
-    ax = plots.plot_plan(torch.tensor(matrix), labels, "consensus", "order")
-    np.testing.assert_allclose(ax.collections[0].get_array(), matrix)
-    assert (ax.get_ylabel(), ax.get_xlabel()) == ("consensus", "order")
-    assert ([t.get_text() for t in ax.get_yticklabels()] == labels) == (classes <= 30)
-    assert bool(ax.texts) == (classes <= 10)
+@pytest.mark.parametrize("teachers", [6, 9, 12])
+def test_of_many_teachers_pairs_are_a_matrix_of_weights_and_distances(teachers):
+    graph = representation_graph(teachers)
+    ax = plots.plot_representation_graph(graph)
+    shown = ax.images[0].get_array().filled(np.nan)
+    written = [(t.get_text(), t.get_position()) for t in ax.texts]
+    for _, node, edge in graph.edges("student", data=True):
+        i, j = (TEACHERS.index(name) for name in graph.nodes[node]["teachers"])
+        assert shown[j, i] == pytest.approx(edge["weight"])
+        assert np.isnan(shown[i, j])
+        assert (f"{edge['distance']:.2f}"[1:], (j, i)) in written
+    assert [t.get_text() for t in ax.get_xticklabels()] == TEACHERS[:teachers]
+    assert_apart(ax)
 
 
-def test_cost_and_confusion_are_scaled_as_said():
-    ax = plots.plot_cost(zero_one_cost(3), "abc")
-    assert [t.get_text() for t in ax.texts if t.get_text()] == ["1.0"] * 6
-    ax = plots.plot_confusion(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), "abc")
-    np.testing.assert_allclose(
-        ax.collections[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]]
-    )
-    assert ax.collections[0].get_clim() == (0, 1)
+# matrices
 
 
-def test_edges_over_training_names_lines_without_overlap_and_marks_uniform():
-    weights = torch.full((5, 6), 1 / 6) + 1e-4 * torch.arange(
-        6
-    )  # six lines that end at the same place
-    names = [f"edge {i}" for i in range(6)]
+@pytest.mark.parametrize("classes", [3, 12, 60, 101])
+def test_matrices_show_numbers_of_few_classes_and_names_that_can_be_read(classes):
+    names = [f"a long name {i}" for i in range(classes)]
+    values = np.random.default_rng(0).dirichlet(np.ones(classes), classes) / classes
+    ax = plots.plot_plan(torch.tensor(values), names, "order", "pace")
+    np.testing.assert_allclose(ax.images[0].get_array(), values)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("order", "pace")
+    assert len(ax.texts) == ((values.round(2) > 0).sum() if classes <= plots.NAMED else 0)
+    ax.figure.draw_without_rendering()
+    labels = ax.get_yticklabels()
+    assert labels[0].get_text() == names[0]
+    assert 1 < len(labels) <= 31
+    boxes = [label.get_window_extent().shrunk(1, 0.9) for label in labels]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_confusion_is_in_shares_of_the_true_class_and_costs_have_one_digit():
+    ax = plots.plot_confusion(torch.tensor([[3, 1], [0, 0]]), CLASSES[:2])
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert {t.get_text() for t in ax.texts} == {".75", ".25"}
+    dark, light = (t.get_color() for t in ax.texts)
+    assert (dark, light) == (plots.INK, "white")  # each against its own ground
+    cost = plots.plot_cost(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), CLASSES[:2])
+    assert {t.get_text() for t in cost.texts} == {"1.0"}
+
+
+# lines and dots
+
+
+@pytest.mark.parametrize("count", [2, 6, 12, 66])
+def test_ends_of_lines_are_named_apart_the_heaviest_first(count):
+    weights = np.random.default_rng(0).dirichlet(np.full(count, 5.0), 8)
+    weights[-1] = 1 / count + np.arange(count) * 1e-6  # all end in nearly the same place
+    names = [f"edge {i}" for i in range(count)]
     ax = plots.plot_edges_over_training(weights, names)
-    np.testing.assert_allclose(ax.lines[2].get_ydata(), weights[:, 2])
-    assert ax.lines[6].get_ydata()[0] == pytest.approx(1 / 6)
-    extents = boxes(ax, set(names))
-    assert len(extents) == 6 and not any(
-        a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i]
-    )
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines[:6]}
-    assert len(looks) == 6 and len({line.get_marker() for line in ax.lines[:6]}) == 6
-
-
-def test_fifteen_edges_can_be_told_apart():
-    ax = plots.plot_edges_over_training(
-        np.random.default_rng(0).dirichlet(np.ones(15), 8), [str(i) for i in range(15)]
-    )
-    assert (
-        len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines[:15]})
-        == 15
-    )
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), weights[:, 1])
+    named = {*names[-plots.NAMED :]}
+    assert named == {t.get_text() for t in ax.texts}
+    assert assert_apart(ax) == len(named)
+    lines = ax.lines[:count][-len(named) :]
+    assert len({(n.get_color(), n.get_linestyle(), n.get_marker()) for n in lines}) == len(named)
+    assert ax.lines[-1].get_ydata()[0] == pytest.approx(1 / count)
 
 
 def test_history_leaves_gaps_for_missing_numbers():
-    rows = [
-        {"epoch": i, "loss": 1.0 / (i + 1)} | ({"accuracy": 0.5} if i % 2 else {}) for i in range(6)
-    ]
-    ax = plots.plot_history(rows, ["loss", "accuracy"])
+    rows = [{"epoch": i, "loss": 1.0 / (i + 1)} | ({"acc": 0.5} if i % 2 else {}) for i in range(6)]
+    ax = plots.plot_history(rows, ["loss", "acc"])
     assert np.isnan(ax.lines[1].get_ydata()).sum() == 3
-    assert {"loss", "accuracy"} <= set(texts(ax))
+    assert {"loss", "acc"} <= set(texts(ax))
+    (at,) = (t.xy for t in ax.texts if t.get_text() == "acc")
+    np.testing.assert_allclose(at, (5, 0.5))
+    assert plots.plot_history([{"loss": 1.0}], ["loss"], ax) is ax
 
 
-def test_embedding_draws_every_point_once():
+def test_embedding_draws_every_point_once_and_names_classes_in_a_legend():
     labels = torch.tensor([0, 1, 1, 2, -1, -1, 7])
     ax = plots.plot_embedding(torch.randn(7, 2), labels, CLASSES)
-    assert [len(c.get_offsets()) for c in ax.collections] == [
-        2,
-        *(int((labels == c).sum()) for c in range(len(CLASSES))),
-    ]
+    counts = [int((labels == c).sum()) for c in (-1, *range(len(CLASSES)))]
+    assert [len(c.get_offsets()) for c in ax.collections] == counts
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["unlabelled", *CLASSES]
 
 
+def test_embedding_names_many_classes_in_the_plot_where_there_is_room():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 60
+    points = 3 * torch.randn(60, 2, generator=g)[labels] + 0.1 * torch.randn(600, 2, generator=g)
+    ax = plots.plot_embedding(points, labels, [f"class {c}" for c in range(60)])
+    assert ax.get_legend() is None
+    assert assert_apart(ax) > 20
+    for text in ax.texts:
+        own = points[labels == int(text.get_text().split()[1])]
+        np.testing.assert_allclose(text.get_position(), np.median(own, 0), rtol=1e-5)
+
+
 def test_umap_keeps_clusters_together_and_repeats():
-    # Compiling UMAP takes 20 s and running 18 points uncompiled 2 s; numba reads the switch on import only.
+    # Compiling takes 20 s, 18 points uncompiled 2 s; numba reads the switch on import only.
     code = """
 import numpy as np
 from gdviz.show.plots import embed
@@ -219,76 +250,83 @@ d = np.linalg.norm(a[:, None] - a, axis=-1) + 1e9 * np.eye(18)
 assert (which[d.argmin(1)] == which).all()
 """
     env = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def accuracy_rows():
-    methods = (*METHODS, "teacher:order")
-    return [
-        {"method": m, "seed": s, "accuracy": 0.4 + 0.05 * i + 0.01 * s}
-        for i, m in enumerate(methods)
-        for s in range(3)
-    ]
+# results
 
 
-def test_accuracy_shows_mean_and_spread_of_each_method_in_order():
-    ax = plots.plot_accuracy(accuracy_rows(), chance=0.125)
-    ticks = ax.get_yticklabels()
-    assert [t.get_text() for t in ticks] == [
-        *(plots.METHOD_NAMES[m] for m in METHODS),
-        "teacher: order",
+def results(seeds=3):
+    plain = {"kind": "student", "colour": 4, "marker": "o", "headline": False, "shuffled": False}
+    models = [
+        {"kind": "teacher", "label": "order", "marker": "s"},
+        {"label": "labels only"},
+        {"label": "both graphs", "headline": True, "colour": 0, "marker": "D"},
+        {"label": "control", "shuffled": True, "colour": 2, "marker": "X"},
     ]
-    assert {t.get_text() for t in ticks if t.get_fontweight() == "bold"} == {"both graphs"}
-    assert {t.get_text() for t in ticks if t.get_fontstyle() == "italic"} == {
-        "shuffled teachers (control)"
-    }
-    assert {"41.0 ± 1.0", "66.0 ± 1.0", " chance"} <= set(texts(ax))
-    assert ax.containers[0].lines[0].get_xdata()[0] == pytest.approx(41)
+    return pd.DataFrame(
+        plain | model | {"name": model["label"], "seed": s, "accuracy": 0.4 + 0.05 * i + 0.01 * s}
+        for s in range(seeds)
+        for i, model in enumerate(models)
+    )
+
+
+def test_accuracy_shows_mean_and_spread_of_each_model_in_order():
+    ax = plots.plot_accuracy(results(), chance=0.125)
+    names = ["teacher: order", "labels only", "both graphs", "control"]
+    assert [t.get_text() for t in ax.texts[:-1:2]] == names
+    assert [t.get_text() for t in ax.texts[1::2]] == [f"{41 + 5 * i}.0 ± 1.0" for i in range(4)]
+    bold = {t.get_text() for t in ax.texts if t.get_fontweight() == "bold"}
+    italic = {t.get_text() for t in ax.texts if t.get_fontstyle() == "italic"}
+    assert (bold, italic) == ({"both graphs", "51.0 ± 1.0"}, {"control", "56.0 ± 1.0"})
+    assert ax.texts[-1].get_text() == " chance"
+    assert [c.lines[0].get_xdata()[0] for c in ax.containers] == pytest.approx([41, 46, 51, 56])
+    looks = [(c.lines[0].get_marker(), c.lines[0].get_color()) for c in ax.containers]
+    assert looks[2] == ("D", plots.PALETTE[0])
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
+    assert_apart(ax)
 
 
 def test_one_seed_has_no_spread():
-    ax = plots.plot_accuracy([{"method": "labels", "seed": 0, "accuracy": 0.5}])
-    assert "50.0" in texts(ax) and not any("±" in t and "50" in t for t in texts(ax))
+    shown = texts(plots.plot_accuracy(results(1)))
+    assert "50.0" in shown
+    assert not any("±" in t for t in shown if t[0].isdigit())
 
 
 @pytest.mark.parametrize("x", ["latency_ms", "params", "gflops"])
-def test_tradeoff_names_every_model_once_and_apart(x):
-    rows = [
-        {
-            "name": f"model {i}",
-            "kind": "teacher" if i < 3 else "student",
-            "accuracy": 0.6 + 0.002 * i,
-        }
-        | {
-            "latency_ms": 3 + 30 * (i < 3),
-            "params": 8e4 * (1 + 9 * (i < 3)),
-            "gflops": 0.3 * (1 + (i < 3)),
-        }
-        for i in range(6)
-    ]
-    ax = plots.plot_tradeoff(rows, x)
-    names = {row["name"] for row in rows}
-    extents = boxes(ax, names)
-    assert ax.get_xscale() == "log" and len(extents) == 6
-    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
-    assert all(ax.bbox.x0 <= b.x0 and b.x1 <= ax.bbox.x1 for b in extents)
+@pytest.mark.parametrize("ratio", [1.0, 10.0])
+def test_tradeoff_names_every_model_once_and_apart(x, ratio):
+    teachers = results(1).iloc[[0] * 9].assign(label=TEACHERS[:9])
+    models = pd.concat([teachers, results(1).iloc[1:]])
+    models[x] = np.where(models["kind"] == "teacher", 3 * ratio, 3)
+    models["accuracy"] = 0.6 + 0.002 * np.arange(len(models))
+    ax = plots.plot_tradeoff(models, x)
+    assert ax.get_xscale() == "log"
+    names = [*(f"teacher: {t}" for t in TEACHERS[:9]), "labels only", "both graphs", "control"]
+    assert sorted(t.get_text() for t in ax.texts) == sorted(names)
+    assert_apart(ax)
+    points = np.concatenate([c.get_offsets() for c in ax.collections])
+    np.testing.assert_allclose(points[:, 1], 100 * models["accuracy"])
 
 
-def test_filmstrip_undoes_the_normalisation():
+def test_filmstrip_undoes_the_normalisation_and_puts_frames_in_rows():
     frames = np.random.default_rng(0).integers(0, 256, (2, 6, 8, 8, 3), dtype=np.uint8)
     floats = (torch.from_numpy(frames).permute(0, 4, 1, 2, 3) / 255 - 0.5) / 0.25
-    for clips, scale in ((frames, 1), (floats, 255)):
-        fig = plots.plot_filmstrip(clips, ["left", "right"], every=2)
-        assert len(fig.axes) == 6
-        np.testing.assert_allclose(
-            fig.axes[4].images[0].get_array() * scale, frames[1, 2], atol=1e-3
-        )
-        assert [a.get_ylabel() for a in fig.axes[::3]] == ["left", "right"]
-    assert len(plots.plot_filmstrip(frames[0]).axes) == 6
+    for clips in (frames, floats):
+        ax = plots.plot_filmstrip(clips, ["left", "right"], every=2)
+        shown, step = ax.images[0].get_array(), 8 + 1
+        assert shown.shape == (2 * step, 3 * step, 3)
+        np.testing.assert_array_equal(shown[step : step + 8, step : step + 8], frames[1, 2])
+        assert (shown[8] == 255).all()
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["left", "right"]
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["frame 0", "2", "4"]
+    one = plots.plot_filmstrip(frames[0], columns=list("abcdef"))
+    assert [t.get_text() for t in one.get_xticklabels()] == list("abcdef")
+
+
+# files and colours
 
 
 def saved(figure, folder):
@@ -296,7 +334,7 @@ def saved(figure, folder):
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.plot_logits_graph, lambda g: plots.plot_accuracy(accuracy_rows())]
+    "draw", [plots.plot_logits_graph, lambda _: plots.plot_accuracy(results())]
 )
 def test_saved_twice_is_the_same_bytes(graph, tmp_path, draw):
     figure = draw(graph).figure
@@ -307,8 +345,11 @@ def test_saved_twice_is_the_same_bytes(graph, tmp_path, draw):
 
 def test_saved_files_have_no_dates_and_text_stays_text(graph, tmp_path):
     pdf, svg, png = saved(plots.plot_logits_graph(graph).figure, tmp_path)
-    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf and b"/FontFile2" in pdf
-    assert b">registration</text>" in svg and b"<dc:date>" not in svg
+    assert pdf.startswith(b"%PDF")
+    assert b"CreationDate" not in pdf
+    assert b"/FontFile2" in pdf
+    assert b">consensus</text>" in svg
+    assert b"<dc:date>" not in svg
     assert png.startswith(b"\x89PNG")
 
 
@@ -319,8 +360,32 @@ def test_a_refused_write_is_told_and_leaves_nothing(graph, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["logits.pdf"]
 
 
-def test_every_plot_takes_axes_and_has_no_nan_in_its_text(graph):
-    fig, ax = plt.subplots()
-    assert plots.plot_history([{"epoch": 0, "loss": 1.0}], ["loss"], ax) is ax
-    for drawn in (plots.plot_accuracy(accuracy_rows()), plots.plot_logits_graph(graph)):
-        assert drawn.figure is not fig and not any("nan" in t.lower() for t in texts(drawn))
+# Machado et al. 2009: linear RGB as seen without red, green or blue cones.
+SEEN = {
+    "all": np.eye(3),
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritan": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def linear(colour):
+    c = np.array(to_rgb(colour))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    xyz = np.array([[0.412, 0.358, 0.181], [0.213, 0.715, 0.072], [0.019, 0.119, 0.951]]) @ rgb
+    x, y, z = np.cbrt(np.maximum(xyz / (0.951, 1, 1.089), 1e-6))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", SEEN)
+def test_the_palette_keeps_colours_apart_for_colour_blind_readers(eyes):
+    seen = [lab(np.clip(np.array(SEEN[eyes]) @ linear(c), 0, 1)) for c in plots.PALETTE]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 25
+
+
+def test_the_palette_is_dark_enough_for_white_paper():
+    light = [linear(colour) @ (0.2126, 0.7152, 0.0722) for colour in plots.PALETTE]
+    assert all(1.05 / (y + 0.05) > 2.9 for y in light)
