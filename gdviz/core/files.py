@@ -93,6 +93,7 @@ def save_json(path: Path | str, value: Any) -> None:
 
 
 def save_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
+    """Write one line of JSON a row; errors as :func:`save_json`."""
     with atomic(path) as temporary:
         temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows))
 

@@ -45,7 +45,7 @@ class VideoSet:
     def from_arrays(
         cls,
         pixels: np.ndarray,
-        labels: Sequence[int],
+        labels: Sequence[int] | np.ndarray,
         splits: Sequence[str],
         *,
         groups: Sequence[str] | None = None,

@@ -15,7 +15,7 @@ from gdviz.core.files import UserError, load_json, save_json
 from gdviz.data.videos import VideoSet
 from gdviz.student.methods import find_method
 from gdviz.teachers.backbones import build_backbone
-from gdviz.teachers.bank import predict, stamp_of
+from gdviz.teachers.bank import stamp_of
 from gdviz.teachers.own import OwnBackbone, find_source
 
 
@@ -128,13 +128,11 @@ def recognise_own_teachers(
         source, view = find_source(task), profile.view_of(task)
         if not isinstance(source, OwnBackbone):
             continue
-        if source.fitted:
-            classes = predict(source, videos, torch.arange(1), view)[0].shape[-1]
-            if classes != len(videos.label_names):
-                raise UserError(
-                    f"--teachers.tasks {task}: answers in {classes} classes, the data has "
-                    f"{len(videos.label_names)}"
-                )
+        if source.fitted and source.classes != len(videos.label_names):
+            raise UserError(
+                f"--teachers.tasks {task}: answers in {source.classes} classes, the data has "
+                f"{len(videos.label_names)}"
+            )
         stamp = stamp_of([source], videos, view)
         for seed in profile.seeds:
             file = folder(seed, task) / "own.json"

@@ -16,6 +16,7 @@ from typing import Any
 
 import ipywidgets as ipw
 import numpy as np
+import seaborn as sns
 import torch
 from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
@@ -234,8 +235,8 @@ class BandwidthExplorer(Explorer):
         mask, bins = kernels.off_diagonal(k.shape[-1]), np.linspace(0, 1, 41)
         names = "teachers", "student", "teachers to student"
         for of, name, line in zip(k, names, plots.LINES[:3], strict=True):
-            look = {"density": True, "histtype": "step", "lw": 1.6, "ls": line}
-            left.hist(of[mask].numpy(), bins, label=name, **look)
+            look = {"stat": "density", "element": "step", "fill": False, "lw": 1.6, "ls": line}
+            sns.histplot(of[mask].numpy(), bins=bins, label=name, ax=left, **look)
         left.set(xlabel="kernel between two clips", ylabel="density", xlim=(0, 1))
         left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
         grid = np.geomspace(0.01, 100, 17)

@@ -13,6 +13,6 @@ def build_student(name: str, classes: int) -> Classifier:
         classes: of the data.
 
     Raises:
-        ValueError: unknown name.
+        UserError: unknown name.
     """
     return Classifier(build_backbone(name), classes)

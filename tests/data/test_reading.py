@@ -4,11 +4,9 @@ name."""
 import os
 import random
 import re
-import signal
 import sqlite3
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import av
 import numpy as np
 import pytest
 from conftest import REPO
-from jobs import draws, full_decode, judge, psnr, refuse, work
+from jobs import draws, full_decode, judge, psnr
 
 from gdviz.core.files import UserError
-from gdviz.core.processes import Lost, WorkerDied, over_processes
+from gdviz.core.processes import Lost, over_processes
 from gdviz.data import reading as reader
 from gdviz.data import verified as verified_module
 from gdviz.data.motion import encode, render
@@ -339,27 +337,6 @@ def test_a_large_index_is_looked_into_not_loaded(tmp_path):
 
 
 # --- workers that die or hang
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_lost_workers_cost_their_own_job_only(tmp_path):
-    told = []
-    jobs = [(i, str(tmp_path)) for i in range(8)]
-    out = over_processes(work, jobs, 2, title="", timeout=3, each=lambda i, result: told.append(i))
-    assert [x for x in out if not isinstance(x, Lost)] == [0, 1, 9, 25, 36, 49]
-    assert isinstance(out[2], Lost)
-    assert "killed" in out[2].reason
-    assert out[4] == Lost("took longer than 3 s")
-    assert sorted(told) == [0, 1, 3, 5, 6, 7]
-    with pytest.raises(WorkerDied, match="the same command goes on"):
-        over_processes(work, [(1,), (2,)], 2, title="")
-
-
-def test_an_error_of_a_job_is_raised_with_and_without_time_out():
-    for timeout in (None, 30):
-        with pytest.raises(UserError, match="job 1"):
-            over_processes(refuse, [(1,)] * 3, 2, title="", timeout=timeout)
-    assert over_processes(partial(divmod, 7), [(2,), (4,)], 1, title="") == [(3, 1), (1, 3)]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -11,6 +11,7 @@ from gdviz.config import Teachers, View
 from gdviz.core.files import UserError
 from gdviz.teachers import bank as banks
 from gdviz.teachers import fit as fits
+from gdviz.teachers.backbones import build_backbone
 from gdviz.teachers.fit import fit_teacher, folds_of, pretrain
 
 
@@ -26,20 +27,25 @@ def test_folds_balance_classes_and_keep_groups_together():
 
 
 def test_no_labelled_clip_is_judged_by_a_teacher_that_saw_its_label(monkeypatch):
-    """`fit` returns the rows it was given, and `predict` whether a row was among them."""
+    """`fit` keeps the rows it was given, and `predict` says whether a row was among them."""
     pixels = torch.zeros(12, 2, 4, 4, 3, dtype=torch.uint8).numpy()
     videos = memory_set(pixels, [i % 3 for i in range(12)], ["train"] * 9 + ["test"] * 3)
 
-    def knows(fitted_on, videos, rows, view):
-        seen = torch.isin(rows, fitted_on).float()[:, None, None]
+    class Fitted(torch.nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.rows = rows
+
+    def knows(model, videos, rows, view):
+        seen = torch.isin(rows, model.rows).float()[:, None, None]
         return seen.expand(-1, 2, 3).clone(), seen
 
-    monkeypatch.setattr(fits, "fit", lambda net, videos, rows, view, cfg, **_: rows)
+    monkeypatch.setattr(fits, "fit", lambda net, videos, rows, view, cfg, **_: Fitted(rows))
     monkeypatch.setattr(banks, "stamp_of", lambda *_: "")
     monkeypatch.setattr(banks, "predict", knows)
-    model, readout = fit_teacher(None, videos, Teachers(folds=3), View(), seed=0)
+    model, readout = fit_teacher(build_backbone("tiny4"), videos, Teachers(folds=3), View(), seed=0)
     every = torch.arange(12)
-    assert model.tolist() == list(range(9))  # the teacher itself is fitted on all
+    assert model.rows.tolist() == list(range(9))  # the teacher itself is fitted on all
     features = readout.at("features", every)
     assert features[:9].all() and not features[9:].any()
     assert not readout.at("logits", every).any() and not readout.at("held", every).any()
