@@ -20,7 +20,7 @@ demo: $(VENV)/.core          ## teachers, both graphs and students on the embedd
 	$(BIN)/gdviz run --profile $(PROFILE) --out $(RUN)
 
 test: $(VENV)/.test          ## the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.test     ## the slow tests: kill and resume, real clips, every notebook
 	$(BIN)/python -m pytest -m slow
