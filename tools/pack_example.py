@@ -2,7 +2,8 @@
 
     python tools/pack_example.py RUN [data/example]
 
-Kept are the first seed, some of the videos' rows, and of each teacher the means over clips.
+Kept are the results of all seeds, and of the first seed the rows of some videos; of each teacher
+the means over clips.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from gdviz.student.edges import Edges, save_graphs
 from gdviz.teachers.bank import Readout, save_readout
 
 KEPT = {"train": 240, "unlabelled": 120, "test": 300}  # videos of each part, at most
-WITH_FEATURES = 2  # students whose features are kept, too: the first and the headline
 
 
 def _half(x: Tensor) -> Tensor:
@@ -41,21 +41,19 @@ def _half(x: Tensor) -> Tensor:
 
 
 def _pack_teachers(run: Run, out: Run, videos: VideoSet, rows: Tensor, seed: int) -> None:
-    for task in run.profile.teachers.tasks:
+    bank = run.bank(seed, videos)
+    for task, readout in zip(bank.teachers, bank.readouts, strict=True):
         folder = out.teacher_folder(seed, task)
-        readout = run.bank(seed, videos).readouts[run.profile.teachers.tasks.index(task)]
         parts = {name: _half(readout.at(name, rows)) for name in ("logits", "features", "held")}
-        fold = readout.fold[rows]
-        thin = Readout.from_means(
-            parts["logits"], parts["features"], fold, parts["held"], readout.temperature
-        )
+        fold, temperature = readout.fold[rows], readout.temperature
+        thin = Readout.from_means(**parts, fold=fold, temperature=temperature)
         save_readout(folder / "bank", thin, videos, out.profile.view_of(task), "thinned")
         source = run.teacher_folder(seed, task)
-        save_json(folder / "result.json", load_json(source / "result.json"))
         save_jsonl(folder / "history.jsonl", load_jsonl(source / "history.jsonl"))
 
 
 def _pack_students(run: Run, out: Run, rows: Tensor, seed: int) -> None:
+    """Write what students say; features of the first and the headline's alone."""
     results = run.results()
     headline = results[results["headline"].eq(True)]["name"].unique()
     for name in run.profile.methods:
@@ -65,7 +63,6 @@ def _pack_students(run: Run, out: Run, rows: Tensor, seed: int) -> None:
             tensors.pop("features")
         thin = {k: _half(x[rows]) for k, x in tensors.items()}
         save_tensors(target / "outputs.safetensors", thin)
-        save_json(target / "result.json", load_json(source / "result.json"))
         save_jsonl(target / "history.jsonl", load_jsonl(source / "history.jsonl"))
         if name in headline and (source / "method.safetensors").exists():
             shutil.copy(source / "method.safetensors", target)
@@ -80,6 +77,40 @@ def _pack_graphs(run: Run, out: Run, rows: Tensor, seed: int) -> None:
     save_json(folder / "result.json", load_json(run.graphs_folder(seed) / "result.json"))
 
 
+def _pack_settings(run: Run, out: Run) -> None:
+    """Write what is said of the run as a whole, and the results of all seeds."""
+    config = load_json(run.folder / "config.json") | {"profile": out.profile}
+    save_json(out.folder / "config.json", config)
+    save_json(out.folder / "source.json", {"data": None, "cache": "data"})
+    for name in ("summary.json", "environment.json"):
+        save_json(out.folder / name, load_json(run.folder / name))
+    for result in run.folder.glob("seed*/*/*/result.json"):
+        save_json(out.folder / result.relative_to(run.folder), load_json(result))
+    save_results(out.folder / "results.csv", run.results())
+
+
+def _pack_videos(run: Run, out: Run, videos: VideoSet, rows: Tensor) -> None:
+    """Write what videos are drawn from, and the files of a few labelled ones."""
+    home = make_motion(run.cache, run.profile.motion)
+    every = read_index(home)
+    index = [every[i] for i in rows]
+    about = {
+        "name": videos.name,
+        "fingerprint": videos.fingerprint,
+        "label_names": videos.label_names,
+        "labels": videos.labels[rows].tolist(),
+        "splits": [row["split"] for row in index],
+        "groups": [row["group"] for row in index],
+        "motions": [row["motion"] for row in index],
+        "seeds": [int(row["seed"]) for row in index],
+    }
+    save_json(out.folder / "index.json", about)
+    for row in [row for row in index if row["split"] == "train"][: 3 * len(CLASSES)]:
+        folder = out.folder / "videos" / row["label"]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(home / row["path"], folder)
+
+
 def pack(run: Run, folder: Path) -> None:
     """Write the example.
 
@@ -90,39 +121,16 @@ def pack(run: Run, folder: Path) -> None:
     if run.data is not None or videos.skipped:
         raise UserError(f"{run.folder}: the example is made of a run on the embedded data")
     rows = torch.cat([videos.rows(part)[:count] for part, count in KEPT.items()])
-    home = make_motion(run.cache, run.profile.motion)
-    index = [read_index(home)[i] for i in rows]
-    shutil.rmtree(folder, ignore_errors=True)
     # Means over clips are kept as the one clip of a video.
     view = replace(run.profile.view, clips=1)
     distillation = replace(run.profile.distillation, target="video")
-    profile = replace(run.profile, view=view, distillation=distillation, seeds=(seed,))
-    out = Run(profile, folder)
-    config = load_json(run.folder / "config.json")
-    save_json(folder / "config.json", config | {"profile": profile})
-    save_json(folder / "source.json", {"data": None, "cache": "data"})
-    for name in ("summary.json", "environment.json"):
-        save_json(folder / name, load_json(run.folder / name))
-    save_results(folder / "results.csv", run.results())
-    save_json(
-        folder / "index.json",
-        {
-            "name": videos.name,
-            "fingerprint": videos.fingerprint,
-            "label_names": videos.label_names,
-            "labels": videos.labels[rows].tolist(),
-            "splits": [row["split"] for row in index],
-            "groups": [row["group"] for row in index],
-            "motions": [row["motion"] for row in index],
-            "seeds": [int(row["seed"]) for row in index],
-        },
-    )
+    out = Run(replace(run.profile, view=view, distillation=distillation), folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    _pack_settings(run, out)
+    _pack_videos(run, out, videos, rows)
     _pack_teachers(run, out, videos, rows, seed)
     _pack_students(run, out, rows, seed)
     _pack_graphs(run, out, rows, seed)
-    for row in [row for row in index if row["split"] == "train"][: 3 * len(CLASSES)]:
-        (folder / "videos" / row["label"]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(home / row["path"], folder / "videos" / row["label"])
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     lines = [f"{file_sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in files]
     with atomic(folder / "SHA256SUMS") as temporary:

@@ -17,25 +17,21 @@ import torch
 
 from gdviz.config import Profile
 from gdviz.core.files import UserError, file_sha256, load_json
+from gdviz.data.cache import Cache
 from gdviz.data.motion import CLASSES, encode, render
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run, Workers, open_run
 
 
-@dataclass
-class _Drawn:
-    """Pixels of videos that are drawn, compressed and read as the run's were, by need."""
+@dataclass(frozen=True)
+class _Drawn(Cache):
+    """A cache whose videos are drawn, compressed and read as the run's were, by need."""
 
     profile: Profile
     motions: list[str]
     seeds: list[int]
     done: dict[int, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        view = self.profile.view
-        return (len(self.motions), view.frames, view.size, view.size, 3)
 
     def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
         row, frames = key
@@ -56,8 +52,10 @@ class Bundled(Run):
     def videos(self, workers: Workers = 1) -> VideoSet:
         """Open the run's videos; nothing is drawn yet."""
         index: dict[str, Any] = load_json(self.folder / "index.json")
-        pixels = _Drawn(self.profile, index.pop("motions"), index.pop("seeds"))
-        labels = torch.tensor(index.pop("labels"))
+        labels, view = torch.tensor(index.pop("labels")), self.profile.view
+        shape = (len(labels), view.frames, view.size, view.size, 3)
+        drawn = self.profile, index.pop("motions"), index.pop("seeds")
+        pixels = _Drawn(self.folder, "drawn", shape, *drawn)
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in index.items()}
         metadata = torch.zeros(len(labels), 5)
         return VideoSet(pixels=pixels, labels=labels, metadata=metadata, **fields)

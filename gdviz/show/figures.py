@@ -140,16 +140,16 @@ def _accuracy(look: Finished) -> Figure:
 
 
 def _tradeoff(look: Finished) -> Figure:
-    """The teachers, the first method's student (of the labels, by default) and the headline's."""
-    models = look.results.groupby(["kind", "name"], sort=False, as_index=False)
-    models = models.agg({"accuracy": "mean", **dict.fromkeys(plots.LOOK, "first")})
-    is_teacher = models["kind"] == "teacher"
-    first = models[~is_teacher]["name"].iloc[0]
-    models = models[is_teacher | models["name"].isin([first, look.student["name"]])]
+    """The teachers, the first method's student (by default of the labels) and the headline's."""
+    names, is_student = look.results["name"], look.results["kind"] == "student"
+    shown = look.results[
+        ~is_student | names.isin([names[is_student].iloc[0], look.student["name"]])
+    ]
+    costs = [look.summary["teacher"].get(name, look.summary["student"]) for name in shown["name"]]
+    shown = shown.join(pd.DataFrame(costs, index=shown.index))
     figure, axes = plt.subplots(2, figsize=(5.6, 5.2))
-    for ax, cost in zip(axes, ("latency_ms", "params"), strict=True):
-        of = [look.summary["teacher"].get(name, look.summary["student"]) for name in models["name"]]
-        plots.plot_tradeoff(models.assign(**{cost: [costs[cost] for costs in of]}), cost, ax)
+    plots.plot_tradeoff(shown, "latency_ms", axes[0])
+    plots.plot_tradeoff(shown, "params", axes[1])
     return figure
 
 

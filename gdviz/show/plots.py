@@ -53,7 +53,6 @@ STYLE: dict[str, Any] = {
 }
 style = partial(mpl.rc_context, STYLE)  # for a ``with`` block, or a decorator
 NUMBERED = 5  # teachers of a graph whose edges have room for numbers
-LOOK = ("label", "colour", "marker", "headline", "shuffled")  # of a row of results
 NAMED = 12  # lines or classes of which each has room for its name
 _SHAPES = {"teacher": "o", "consensus": "D", "student": "s"}
 _CENTRED = {"ha": "center", "va": "center"}
@@ -360,7 +359,7 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
     Rows as of ``Run.results``: ``kind``, ``name``, ``label``, ``accuracy`` in [0, 1], ``colour``
     (of the palette), ``marker``, ``headline`` (in bold), ``shuffled`` (the control, in italics).
     """
-    models = [rows for _, rows in results.groupby(["kind", "name"], sort=False)]
+    models = _models(results)
     ax = _axes(ax, 5.6, 0.8 + 0.24 * len(models))
     for y, rows in enumerate(models):
         model, values = rows.iloc[0], 100 * rows["accuracy"].to_numpy()
@@ -384,34 +383,41 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
     return ax
 
 
+def _models(results: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the rows of each model, in the order of first appearance."""
+    return [rows for _, rows in results.groupby(["kind", "name"], sort=False)]
+
+
 def _full_name(model: pd.Series) -> str:
     return f"teacher: {model['label']}" if model["kind"] == "teacher" else model["label"]
 
 
 @style()
 def plot_tradeoff(
-    models: pd.DataFrame,
+    results: pd.DataFrame,
     x: Literal["latency_ms", "params", "gflops"] = "latency_ms",
     ax: Place = None,
 ) -> Axes:
-    """Draw accuracy against cost on a log scale: one row a model, as of :func:`plot_accuracy`.
+    """Draw each model's mean accuracy against its cost, the column ``x``, on a log scale.
 
-    The column ``x`` holds the cost. The cheaper half is named on the left, the other on the right.
+    Other columns are :func:`plot_accuracy`'s. The cheaper half is named on the left.
     """
-    ax, points = _axes(ax), np.stack([models[x], 100 * models["accuracy"]], 1).astype(float)
-    colours = np.array(PALETTE)[models["colour"]]
-    for point, marker, colour in zip(points, models["marker"], colours, strict=True):
-        ax.scatter(*point, s=40, marker=marker, c=colour, ec=INK, lw=0.6, zorder=3)
+    ax, models = _axes(ax), _models(results)
+    points = np.array([(rows[x].mean(), 100 * rows["accuracy"].mean()) for rows in models])
+    firsts = [rows.iloc[0] for rows in models]
+    for point, model in zip(points, firsts, strict=True):
+        look = {"marker": model["marker"], "c": PALETTE[model["colour"]], "ec": INK, "lw": 0.6}
+        ax.scatter(*point, s=40, zorder=3, **look)
     costs = {"latency_ms": "latency, ms a clip", "params": "parameters", "gflops": "GFLOPs a clip"}
     ax.set(xscale="log", xlabel=costs[x], ylabel="top-1 accuracy, %")
     ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep="") if x == "params" else "{x:g}")
     ax.xaxis.set_minor_formatter("")
     ax.margins(0.9, 0.15)
-    names = models.apply(_full_name, axis=1)
     cheap = points[:, 0] <= np.sqrt(points[:, 0].min() * points[:, 0].max())
-    for side, half in ((-1, cheap), (1, ~cheap)):
-        _name(ax, list(names[half]), points[half], list(colours[half]), side)
+    for side, half in ((-1, np.flatnonzero(cheap)), (1, np.flatnonzero(~cheap))):
+        names = [_full_name(firsts[k]) for k in half]
+        _name(ax, names, points[half], [PALETTE[firsts[k]["colour"]] for k in half], side)
     return ax
 
 

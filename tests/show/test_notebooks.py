@@ -1,11 +1,10 @@
-"""Notebooks: their form, their links, the example they start from; and, slow, that each runs, with its solutions."""
+"""Notebooks: their form, their links and what they open with; and, slow, that each runs."""
 
 import json
 import os
 import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,12 +14,9 @@ import torch
 
 mpl.use("Agg")
 
-from gdviz.config import METHODS, Distillation, MotionData, Profile, Schedule, Teachers
-from gdviz.core.files import UserError, save_json, save_jsonl
-from gdviz.data.clips import pick_frames
-from gdviz.experiment.steps import Run, execute
-from gdviz.show.bundled import Example, open_example, pack_example
-from gdviz.show.notebook import Session, check, find_run, setup
+from gdviz.core.files import UserError, load_json, save_json
+from gdviz.show.bundled import Bundled, open_bundled
+from gdviz.show.notebook import check, find_run, setup
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -114,81 +110,44 @@ def test_no_magics_and_no_private_names(path):
     assert not re.search(r"import .*\b_\w+|\b(gdviz|plots|graphs|report)\._\w+", source)
 
 
-def test_the_example_is_small_and_reads_like_a_run():
-    folder = ROOT / "data/example"
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 1.5e6
-    run = open_example(folder)
-    seed, videos = run.profile.seeds[0], run.videos()
-    knowledge, edges = run.knowledge(seed, videos), run.edges(seed)
-    n, teachers, classes = (
-        len(videos.labels),
-        len(run.profile.teachers.tasks),
-        len(videos.label_names),
-    )
-    assert knowledge.logits.shape == (n, teachers, classes)
-    assert knowledge.logits.dtype == edges.teachers.dtype == torch.float32
-    assert edges.teachers.shape[1:] == (n, teachers)
-    assert edges.consensus.shape[1:] == (n, classes)
-    assert (knowledge.labels >= 0).sum() == len(videos.rows("train"))
-    assert ((knowledge.fold >= 0) == (knowledge.labels >= 0)).all()
-    torch.testing.assert_close(edges.pairs.sum(1), torch.ones(len(edges.pairs)))
-    assert {(m["kind"], m["name"]) for m in run.metrics()} == {
-        *(("teacher", task) for task in run.profile.teachers.tasks), *(("student", m) for m in run.profile.methods)
-    }  # fmt: skip
-    batch = videos.batch(torch.tensor([0, n - 1]))
-    view = run.profile.view
-    assert batch.shape == (2, view.frames, view.size, view.size, 3)
-    assert batch.dtype == torch.uint8
-    assert torch.equal(videos.clips(torch.tensor([0, n - 1]), 4, 2), pick_frames(batch, 4, 2))
-
-
-def test_the_renderer_still_draws_what_the_run_saw():
-    run = open_example(ROOT / "data/example")
-    session, videos = Session(0, run.profile, "cpu", ROOT, run), run.videos()
-    films, titles = session.films()
-    file = sorted((ROOT / "data/example/videos").glob("*/*.mp4"))[0]
-    drawn = videos.batch(torch.tensor([videos.groups.index(str(int(file.stem)))]))[0].float()
-    shrunk = torch.nn.functional.adaptive_avg_pool2d(
-        torch.tensor(films[0]).movedim(-1, 1).float(), drawn.shape[1]
-    ).movedim(1, -1)
-    assert len(films) == len(titles) == 3 * len(set(titles))
-    assert (drawn - shrunk).abs().mean() < 4, (
-        "draw the example anew: python -m gdviz.show.bundled RUN"
-    )
-
-
-def test_a_damaged_example_is_refused(tmp_path):
-    shutil.copytree(ROOT / "data/example", tmp_path / "example")
-    with open(tmp_path / "example/metrics.jsonl", "a") as file:
-        file.write("\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
-        open_example(tmp_path / "example")
-    (tmp_path / "example/metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="or gone"):
-        open_example(tmp_path / "example")
-
-
 def test_setup_outside_the_project_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not inside the gdviz project"):
         setup()
 
 
-def test_the_newest_finished_run_comes_before_the_example(tmp_path):
+def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path):
     shutil.copytree(ROOT / "data/example", tmp_path / "data/example")
-    assert isinstance(find_run(tmp_path), Example)
-    for age, (name, finished) in enumerate({"old": True, "new": True, "unfinished": False}.items()):
-        folder, config = (
-            tmp_path / "runs" / name,
-            json.loads((tmp_path / "data/example/config.json").read_text()),
-        )
-        save_json(folder / "config.json", config)
+    assert isinstance(find_run(tmp_path), Bundled)
+    config = load_json(ROOT / "data/example/config.json")
+    profile = config["profile"]
+    fewer = config | {"profile": profile | {"methods": ["labels"]}}
+    older = config | {"version": -1}
+    runs = {"old": config, "new": config, "unfinished": config, "fewer": fewer, "older": older}
+    for age, (name, of) in enumerate(runs.items()):
+        folder = tmp_path / "runs" / name
+        save_json(folder / "config.json", of)
         save_json(folder / "source.json", {"data": None, "cache": "data"})
-        if finished:
+        if name != "unfinished":
             save_json(folder / "summary.json", {})
-            save_jsonl(folder / "metrics.jsonl", [])
             os.utime(folder / "summary.json", (1e9 + age, 1e9 + age))
     assert find_run(tmp_path).folder.name == "new"
+
+
+def test_a_session_opens_the_run_it_looks_at(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    find = "gdviz.show.notebook.find_run"
+    monkeypatch.setattr(find, lambda root: open_bundled(root / "data/example"))
+    settings = dict(mpl.rcParams)
+    session = setup(seed=3)
+    mpl.rcParams.update(settings)
+    assert torch.initial_seed() == session.seed == 3
+    assert session.root == ROOT
+    first = session.run.profile.teachers.tasks[0]
+    assert session.history("teachers", first)[0]["epoch"] == 0
+    assert {"ce", "loss"} <= session.history("students", "both-graphs")[-1].keys()
+    assert session.outputs("both-graphs")["features"].dtype == torch.float32
+    assert len(session.outputs("labels")["logits"]) == len(session.run.videos().labels)
 
 
 def test_check_tells_right_from_wrong_from_not_yet(capsys):
@@ -197,30 +156,6 @@ def test_check_tells_right_from_wrong_from_not_yet(capsys):
     assert capsys.readouterr().out.split("\n")[:2] == ["not answered yet", "right"]
     with pytest.raises(AssertionError, match="one"):
         check(2, lambda x: x == 1, "one")
-
-
-@pytest.mark.slow
-def test_packing_keeps_what_the_run_says(tmp_path):
-    one = Schedule(epochs=1, batch=16)
-    profile = Profile(
-        motion=replace(MotionData(), labelled=4, unlabelled=2, test=2),
-        teachers=Teachers(tasks=("order", "registration"), strides=(2, 2), backbone="tiny4", pretrain=one, fit=one, folds=2),
-        distillation=Distillation(student="tiny2", schedule=one), seeds=(0,),
-    )  # fmt: skip
-    run = Run(profile, tmp_path / "run", cache=tmp_path / "data")
-    execute(run, workers=1)
-    pack_example(run, tmp_path / "example")
-    packed, videos = open_example(tmp_path / "example"), run.videos()
-    again = packed.videos()
-    assert again.splits == videos.splits
-    assert again.labels.tolist() == videos.labels.tolist()
-    assert torch.equal(again.batch(torch.arange(3)), videos.batch(torch.arange(3)))
-    torch.testing.assert_close(
-        packed.knowledge(0, again).logits, run.knowledge(0, videos).logits, atol=2e-2, rtol=2e-3
-    )
-    torch.testing.assert_close(packed.edges(0).teachers, run.edges(0).teachers, atol=2e-3, rtol=0)
-    assert packed.metrics() == run.metrics()
-    assert [m["name"] for m in packed.metrics() if m["kind"] == "student"] == list(METHODS)
 
 
 NONSENSE = """
@@ -234,7 +169,7 @@ else:
 
 
 def with_solutions(notebook):
-    """The notebook as a reader leaves it: each solution pasted in and run, and each check tried on nonsense."""
+    """Return it as a reader leaves it: solutions pasted in and run, checks tried on nonsense."""
     out = []
     for cell in notebook.cells:
         out.append(cell)
@@ -254,29 +189,23 @@ def test_runs_without_a_run_made_before(path, tmp_path):
 
     shutil.copytree(ROOT / "data/example", tmp_path / "data/example")
     (tmp_path / "notebooks").mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {
-        "OMP_NUM_THREADS": "1",
-        "NUMBA_NUM_THREADS": "1",
-    }
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     notebook = with_solutions(read(path))
-    client = NotebookClient(
-        notebook,
-        timeout=90,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path / "notebooks")}},
-    )
+    where = {"metadata": {"path": str(tmp_path / "notebooks")}}
     start = time.monotonic()
-    client.execute(env=environment)
+    NotebookClient(notebook, timeout=90, kernel_name="python3", resources=where).execute(
+        env=environment
+    )
     assert time.monotonic() - start < 120
-    outputs = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    ]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]
     state = json.dumps(notebook.metadata.get("widgets", {}))
     assert '"output_type": "error"' not in state
     assert "role='alert'" not in state
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3, "figures must be shown"
-    for cell in notebook.cells:
+    for cell in code:
         if cell.metadata.get("solution"):
             assert "right" in "".join(o.get("text", "") for o in cell.outputs), cell.source
