@@ -2,7 +2,7 @@
 
     STAMP/index.json, metadata.npy   written last: what the set is, which videos it lacks
     STAMP/00000/found.json           of the first sixteen videos, beside what the kind of cache
-    keeps of them
+                                     keeps of them
 
 A shard is the unit of parallel work and of resumption: it is there as a whole or not at all, and a
 killed fill goes on with those that are not.
@@ -10,13 +10,13 @@ killed fill goes on with those that are not.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,35 +24,37 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from gdviz.config import View
 from gdviz.core.files import UserError, atomic, load_json, save_json
 from gdviz.core.processes import Lost, over_processes
-from gdviz.data.motion import encode
-from gdviz.data.reading import DamagedVideo, VideoInfo, frames_of, read_square, verify
-from gdviz.data.verified import stat, verified
+from gdviz.data._encode import encode
+from gdviz.data.reading import DamagedVideo, frames_of, read_square, verify
+from gdviz.data.verified import Verdict, from_json, stat, to_json
 
 # Few videos in a shard keep all cores busy on small sets; few shards can all stay open.
 SHARD, SHARDS = 16, 4096
+REMAKE = "delete it to have it made again"
+
+Shape = tuple[int, ...]
+Videos = Iterable[np.ndarray | None]  # one at a time; None could not be read, and is not asked for
 
 
 def shard_size(count: int) -> int:
-    """Return how many videos a shard of a set of that size holds."""
+    """Return how many videos a shard of a set of ``count`` videos holds."""
     return max(SHARD, -(-count // SHARDS))
 
 
 @runtime_checkable
 class Shard(Protocol):
-    """Some videos of one shape [f, h, w, 3], read frame by frame."""
+    """A folder of some videos of one shape [f, h, w, 3], read frame by frame."""
 
     @staticmethod
-    def estimate(shape: tuple[int, ...]) -> float:
-        """Bytes that a video takes, about."""
+    def estimate(shape: Shape) -> float:
+        """Return about how many bytes a video takes."""
 
     @staticmethod
-    def write(folder: Path, videos: Iterator[np.ndarray | None], shape: tuple[int, ...]) -> None:
-        """None stands for a video that could not be read; it is never asked for."""
+    def write(folder: Path, videos: Videos, shape: Shape) -> None: ...
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None: ...
+    def __init__(self, folder: Path, shape: Shape) -> None: ...
 
     def read(self, place: int, frames: slice) -> np.ndarray: ...
 
@@ -61,106 +63,90 @@ class Memmap:
     """Raw pixels: the fastest, and the largest."""
 
     @staticmethod
-    def estimate(shape: tuple[int, ...]) -> float:
+    def estimate(shape: Shape) -> float:
         return float(np.prod(shape))
 
     @staticmethod
-    def write(folder: Path, videos: Iterator[np.ndarray | None], shape: tuple[int, ...]) -> None:
+    def write(folder: Path, videos: Videos, shape: Shape) -> None:
         # Written, not mapped: a full disk is an error here, and a crash inside a memory map.
         with open(folder / "pixels.u8", "wb") as file:
             for video in videos:
                 file.write(np.zeros(shape, np.uint8) if video is None else video)
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
-        self.pixels = (
-            np.memmap(folder / "pixels.u8", np.uint8, "r").reshape(-1, *shape).view(np.ndarray)
-        )
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        pixels = np.memmap(folder / "pixels.u8", np.uint8, "r")
+        self.pixels = pixels.reshape(-1, *shape).view(np.ndarray)
 
     def read(self, place: int, frames: slice) -> np.ndarray:
         return self.pixels[place, frames]
 
 
 def to_jpeg(frame: np.ndarray) -> bytes:
-    """A frame [h, w, 3] as a file of full colour resolution, which small frames need: 36 to 44
-    dB."""
+    """Return a frame [h, w, 3] as JPEG of full colour resolution, which small frames need."""
     Image.fromarray(frame).save(out := BytesIO(), "JPEG", quality=95, subsampling=0)
     return out.getvalue()
 
 
-def from_jpeg(data: bytes) -> np.ndarray:
-    """Raises OSError where the bytes are no JPEG."""
+def from_jpeg(data: bytes | np.ndarray) -> np.ndarray:
+    """Raise OSError where the bytes are no JPEG."""
     return np.asarray(Image.open(BytesIO(data), formats=["JPEG"]))
 
 
 class Jpeg:
-    """One JPEG a frame: a fifth of the bytes, and only the frames asked for are decoded, whatever
-    their distance."""
+    """One JPEG a frame: a fifth of the bytes; only the frames asked for are decoded."""
 
     @staticmethod
-    def estimate(shape: tuple[int, ...]) -> float:
-        return shape[0] * (700 + 0.22 * np.prod(shape[1:]))
+    def estimate(shape: Shape) -> float:
+        return float(shape[0] * (700 + 0.22 * np.prod(shape[1:])))
 
     @staticmethod
-    def write(folder: Path, videos: Iterator[np.ndarray | None], shape: tuple[int, ...]) -> None:
-        sizes = []
+    def write(folder: Path, videos: Videos, shape: Shape) -> None:
+        sizes = [0]
         with open(folder / "frames.jpeg", "wb") as file:
             for video in videos:
                 frames = [b""] * shape[0] if video is None else map(to_jpeg, video)
-                sizes += [file.write(data) for data in frames]
-        np.save(folder / "offsets.npy", np.cumsum([0, *sizes]))
+                sizes.extend(file.write(data) for data in frames)
+        np.save(folder / "offsets.npy", np.cumsum(sizes))
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, shape: Shape) -> None:
         self.bytes = np.memmap(folder / "frames.jpeg", np.uint8, "r").view(np.ndarray)
-        self.offsets, self.frames = (
-            np.load(folder / "offsets.npy", mmap_mode="r").view(np.ndarray),
-            shape[0],
-        )
+        self.offsets = np.load(folder / "offsets.npy", mmap_mode="r").view(np.ndarray)
+        self.frames = shape[0]
         if len(self.bytes) != self.offsets[-1]:
             raise ValueError(f"{len(self.bytes)} bytes, not {self.offsets[-1]}")
 
     def read(self, place: int, frames: slice) -> np.ndarray:
-        wanted = [place * self.frames + k for k in range(*frames.indices(self.frames))]
-        return np.stack(
-            [from_jpeg(self.bytes[self.offsets[k] : self.offsets[k + 1]]) for k in wanted]
-        )
+        numbers = place * self.frames + np.arange(*frames.indices(self.frames))
+        bounds = zip(self.offsets[numbers], self.offsets[numbers + 1], strict=True)
+        return np.stack([from_jpeg(self.bytes[start:end]) for start, end in bounds])
 
 
 class Transcode:
-    """One H.264 file a video, of short groups of pictures and no B-frames: a thirtieth of the
-    bytes."""
+    """One H.264 file a video, of short groups of pictures, no B-frames: a thirtieth of the bytes.
+
+    Verified as any file is, then read by PyAV, which opens small files in half of decord's time.
+    """
 
     @staticmethod
-    def estimate(shape: tuple[int, ...]) -> float:
-        return 1500 + shape[0] * (100 + 0.04 * np.prod(shape[1:]))
+    def estimate(shape: Shape) -> float:
+        return float(1500 + shape[0] * (100 + 0.04 * np.prod(shape[1:])))
 
     @staticmethod
-    def write(folder: Path, videos: Iterator[np.ndarray | None], shape: tuple[int, ...]) -> None:
+    def write(folder: Path, videos: Videos, shape: Shape) -> None:
+        odd = shape[1] % 2  # half the colour needs an even side
         for place, video in enumerate(videos):
             if video is not None:
-                file, odd = (
-                    folder / f"{place:02d}.mp4",
-                    shape[1] % 2,
-                )  # half the colour needs an even side
-                encode(
-                    np.pad(video, ((0, 0), (0, odd), (0, odd), (0, 0)), "edge"),
-                    file,
-                    crf="17",
-                    g="8",
-                    tune="fastdecode",
-                )
-                # Verified as any file is; and then read by PyAV, which opens so small a file in
-                # half of decord's time.
-                file.with_suffix(".json").write_text(
-                    json.dumps(asdict(replace(verify(file), by_decord=0)))
-                )
+                even = np.pad(video, ((0, 0), (0, odd), (0, odd), (0, 0)), "edge")
+                file = folder / f"{place:02d}.mp4"
+                encode(even, file, crf="17", g="8", tune="fastdecode")
+                file.with_suffix(".json").write_text(to_json(replace(verify(file), by_decord=0)))
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, shape: Shape) -> None:
         self.folder, self.shape = folder, shape
 
     def read(self, place: int, frames: slice) -> np.ndarray:
         file, index = self.folder / f"{place:02d}.mp4", np.arange(*frames.indices(self.shape[0]))
-        known = load_json(file.with_suffix(".json"))
-        info = VideoInfo(**known | {"keys": tuple(map(tuple, known["keys"]))})
+        info = from_json(file.with_suffix(".json").read_text())
         return np.stack(list(frames_of(file, index, info)))[:, : self.shape[1], : self.shape[2]]
 
 
@@ -169,22 +155,29 @@ KINDS: dict[str, type[Shard]] = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Tr
 
 @dataclass(frozen=True)
 class Cache:
-    """``cache[row, frames]`` as of an array [n, f, h, w, 3]; ``frames`` is a slice. Shards are
-    opened when first asked for."""
+    """``cache[row, frames]`` as of an array ``shape`` [n, f, h, w, 3]; ``frames`` is a slice.
+
+    ``folder`` is named by the fingerprint of what it holds.
+    """
 
     folder: Path
     kind: str
-    shape: tuple[int, ...]
+    shape: Shape
+
+    @property
+    def shards(self) -> list[tuple[Path, slice]]:
+        """Folder and rows of each shard."""
+        size = shard_size(self.shape[0])
+        rows = [slice(start, start + size) for start in range(0, self.shape[0], size)]
+        return [(self.folder / f"{number:05d}", part) for number, part in enumerate(rows)]
 
     def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
-        shard, place = divmod(key[0], shard_size(self.shape[0]))
+        number, place = divmod(key[0], shard_size(self.shape[0]))
         try:
-            return _shard(self, shard).read(place, key[1])
+            return _shard(self, number).read(place, key[1])
         except (OSError, ValueError, IndexError, DamagedVideo) as error:
-            raise UserError(
-                f"{self.folder} is damaged (shard {shard}: {error}); delete it to have it made "
-                "again"
-            ) from None
+            problem = f"{self.folder} is damaged (shard {number}: {error})"
+            raise UserError(f"{problem}; {REMAKE}") from None
 
 
 @lru_cache(maxsize=SHARDS)
@@ -192,142 +185,107 @@ def _shard(cache: Cache, number: int) -> Shard:
     return KINDS[cache.kind](cache.folder / f"{number:05d}", cache.shape[1:])
 
 
-def _read(path: Path, view: View, info: VideoInfo | str) -> tuple[np.ndarray | None, Any]:
-    """A video and its (frames, width, height, fps, bytes), or None and why it is refused."""
-    if isinstance(info, str):
-        return None, info
-    try:
-        video = read_square(path, view.frames, view.size, info)[0].numpy()
-    except (DamagedVideo, MemoryError) as error:
-        return None, str(error) or "too little memory"
-    return video, [info.frames, info.width, info.height, info.fps, info.bytes]
+def _at(folder: Path) -> Path:
+    """Return the file that tells the place of the video being read into a shard."""
+    return folder.with_name(f".{folder.name}.at")
 
 
 def _fill_shard(
-    number: int,
-    paths: list[Path],
-    known: list[VideoInfo | str],
-    *,
-    folder: Path,
-    view: View,
-    storage: str,
-) -> None:
-    """Write a shard; ``.NUMBER.at`` names the video being read, should that end this process."""
-    target, at = folder / f"{number:05d}", folder / f".{number:05d}.at"
-    temporary = folder / f".{number:05d}.{os.getpid()}.part"
-    shape, found = (view.frames, view.size, view.size, 3), []
+    folder: Path, paths: list[Path], known: list[Verdict], *, kind: str, shape: Shape
+) -> str | None:
+    """Write a shard, or return why a video in it cannot be read; `_at` tells which."""
 
-    def videos() -> Iterator[np.ndarray | None]:  # one at a time: a shard may exceed memory
-        for place, (path, info) in enumerate(zip(paths, known, strict=True)):
-            at.write_text(str(place))
-            video, about = _read(path, view, info)
-            found.append(about)
-            yield video
+    def videos() -> Iterator[np.ndarray | None]:
+        for place, (path, verdict) in enumerate(zip(paths, known, strict=True)):
+            _at(folder).write_text(str(place))
+            refused = isinstance(verdict, str)
+            yield None if refused else read_square(path, shape[0], shape[1], verdict)[0].numpy()
 
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        KINDS[storage].write(temporary, videos(), shape)
-        save_json(temporary / "found.json", found)
-        temporary.rename(target)
+        part.mkdir()
+        KINDS[kind].write(part, videos(), shape)
+        about = attrgetter("frames", "width", "height", "fps", "bytes")
+        save_json(part / "found.json", [v if isinstance(v, str) else about(v) for v in known])
+        part.rename(folder)
+    except (DamagedVideo, MemoryError) as error:
+        return str(error) or "too little memory"
     except OSError:
-        if not target.exists():  # another process was faster
+        if not folder.exists():  # another process was faster
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        at.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+    return None
 
 
-def _check_room(folder: Path, storage: str, need: float, count: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_room(cache: Cache, videos: int) -> None:
+    """Raise UserError where so many more videos do not fit on the disk."""
+    need = KINDS[cache.kind].estimate(cache.shape[1:]) * videos
+    free = shutil.disk_usage(cache.folder).free
     if need > free:
-        raise UserError(
-            f"{folder} needs about {need / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB "
-            "free; free some space, choose another --cache, or a smaller kind by --storage"
-        )
-    if need:
-        about = f"{storage} cache of {count} videos, about {need / 1e6:.1f} MB to write"
-        tqdm.write(f"{folder}: {about}")
+        problem = f"needs about {need / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free"
+        advice = "free some space, choose another --cache, or a smaller kind by --storage"
+        raise UserError(f"{cache.folder} {problem}; {advice}")
+    if videos:
+        tqdm.write(f"{cache.folder}: {videos} videos, about {need / 1e6:.1f} MB to write")
 
 
-def _save_index(folder: Path, stamp: str, rows: list[Any]) -> None:
+def _save_index(cache: Cache) -> None:
     """Write what is known of each video, and which are left out and why."""
+    rows = [row for folder, _ in cache.shards for row in load_json(folder / "found.json")]
     numbers = [[np.nan] * 5 if isinstance(row, str) else row for row in rows]
-    with atomic(folder / "metadata.npy") as temporary, open(temporary, "wb") as file:
+    with atomic(cache.folder / "metadata.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, np.array(numbers, np.float32))
     skipped = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
-    save_json(folder / "index.json", {"fingerprint": stamp, "skipped": skipped})
+    save_json(cache.folder / "index.json", {"fingerprint": cache.folder.name, "skipped": skipped})
 
 
-def fill(
-    folder: Path, paths: list[Path], view: View, storage: str, stamp: str, *, workers: Any = 1
-) -> None:
-    """Decode videos into a cache; go on where an earlier call stood.
-
-    Args:
-        folder: of the cache, one a fingerprint.
-        paths: of the videos.
-        view: size and number of frames.
-        storage: kind of cache.
-        stamp: fingerprint.
-        workers: see `gdviz.core.processes.over_processes`.
+def fill(cache: Cache, paths: list[Path], known: list[Verdict], *, workers: Any = 1) -> None:
+    """Decode videos, of which ``known`` was found, into a cache; go on where an earlier call stood.
 
     Raises:
         UserError: the disk is full, or would be.
     """
-    found = verified(paths, folder.parent / "verified.sqlite", workers=workers)
-    size, shape = shard_size(len(paths)), (view.frames, view.size, view.size, 3)
-    spans = [slice(start, start + size) for start in range(0, len(paths), size)]
+    known, work = list(known), partial(_fill_shard, kind=cache.kind, shape=cache.shape[1:])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        left = [n for n in range(len(spans)) if not (folder / f"{n:05d}").exists()]
-        videos = sum(len(paths[spans[n]]) for n in left)
-        _check_room(folder, storage, KINDS[storage].estimate(shape) * videos, len(paths))
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        left = [(folder, rows) for folder, rows in cache.shards if not folder.exists()]
+        _check_room(cache, sum(len(paths[rows]) for _, rows in left))
         # No decoder is slower than a megabyte a second; resizing and encoding take time, too.
-        sizes = [sum(max(stat(path)[0], 0) for path in paths[spans[n]]) for n in left]
+        sizes = [sum(max(0, stat(path)[0]) for path in paths[rows]) for _, rows in left]
         timeout = 60 + max(sizes, default=0) / 2.5e5
-        work = partial(_fill_shard, folder=folder, view=view, storage=storage)
         while left:
-            jobs = [(n, paths[spans[n]], found[spans[n]]) for n in left]
-            title = "reading videos"
+            jobs = [(folder, paths[rows], known[rows]) for folder, rows in left]
             results = over_processes(
-                work, jobs, workers, title=title, unit="shard", timeout=timeout
+                work, jobs, workers, title="reading videos", unit="shard", timeout=timeout
             )
-            lost = {n: r for n, r in zip(left, results, strict=True) if isinstance(r, Lost)}
-            for n, result in lost.items():  # once more, without the video that did it
-                place = int((folder / f".{n:05d}.at").read_text())
-                found[n * size + place] = result.reason
-            left = list(lost)
-        shards = [load_json(folder / f"{n:05d}" / "found.json") for n in range(len(spans))]
-        _save_index(folder, stamp, [row for shard in shards for row in shard])
-        for stale in folder.glob(".*"):  # what a killed process was writing
+            bad = {n: result for n, result in enumerate(results) if result}
+            left = [left[n] for n in bad]
+            for (folder, rows), why in zip(left, bad.values(), strict=True):
+                # Once more, without the video that did it.
+                place = rows.start + int(_at(folder).read_text())
+                known[place] = why.reason if isinstance(why, Lost) else why
+        _save_index(cache)
+        for stale in cache.folder.glob(".*"):  # what processes were writing and reading
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error}; free some space or choose another --cache"
-        ) from error
+        advice = "free some space or choose another --cache"
+        raise UserError(f"cannot write {cache.folder}: {error}; {advice}") from error
 
 
-def open_cache(
-    folder: Path, view: View, storage: str, stamp: str, count: int
-) -> tuple[Cache, np.ndarray, dict[int, str]]:
-    """Open a finished cache of ``count`` videos.
-
-    Returns:
-        The cache, each video's (frames, width, height, fps, bytes), and why rows were skipped.
+def open_cache(cache: Cache) -> tuple[np.ndarray, dict[int, str]]:
+    """Return each video's (frames, width, height, fps, bytes), and why rows are skipped.
 
     Raises:
-        UserError: it is damaged, or of other files, another view or another version of this code.
+        UserError: the cache is not whole, or holds other videos than its name says.
     """
-    index = load_json(folder / "index.json")
+    index = load_json(cache.folder / "index.json")
     try:
-        metadata = np.load(folder / "metadata.npy")
-        if index["fingerprint"] != stamp or metadata.shape != (count, 5):
-            raise UserError(
-                f"{folder} holds other videos than its name says; delete it to have it made again"
-            )
-        skipped = {int(row): reason for row, reason in index["skipped"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged ({error}); delete it to have it made again") from None
-    shape = (count, view.frames, view.size, view.size, 3)
-    return Cache(folder, storage, shape), metadata, skipped
+        metadata = np.load(cache.folder / "metadata.npy")
+        stamp, skipped = index["fingerprint"], {int(i): x for i, x in index["skipped"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{cache.folder} is damaged ({error}); {REMAKE}") from None
+    if stamp != cache.folder.name or metadata.shape != (cache.shape[0], 5):
+        raise UserError(f"{cache.folder} holds other videos than its name says; {REMAKE}")
+    return metadata, skipped

@@ -1,5 +1,4 @@
-"""UCF101, HMDB51 and CCV as their authors lay them out: official lists become the clips that a
-folder or a CSV gives."""
+"""UCF101, HMDB51 and CCV as their authors lay them out: official lists become lists of videos."""
 
 from __future__ import annotations
 
@@ -7,121 +6,97 @@ import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from gdviz.core.files import UserError, atomic
-from gdviz.data.listing import SPLITS, Clip, group_of
+from gdviz.data.listing import SPLITS, Video, group_of
 from gdviz.data.reading import EXTENSIONS
 
+Row = tuple[str, str, str, tuple[str, ...] | None]  # name, label, split, labels
 
-@dataclass(frozen=True)
-class Source:
+
+class Source(NamedTuple):
     """Where a data set comes from. Nothing is downloaded: that is for who agrees to its terms."""
 
+    lists: str  # a file that tells its lists
     page: str
     terms: str
-    lists: str  # a file that tells the data set's lists
 
 
+HMDB51_PAGE = "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/"
+CCV_PAGE = "https://www.ee.columbia.edu/ln/dvmm/CCV/"
 SOURCES = {
-    "UCF101": Source(
-        "https://www.crcv.ucf.edu/data/UCF101.php",
-        "no licence stated; cut from YouTube videos, whose rights stay with their owners; cite "
-        "Soomro, Zamir and Shah 2012",
-        "classInd.txt",
-    ),
-    "HMDB51": Source(
-        "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/",
-        "Creative Commons Attribution 4.0, says its page, of a collection cut from films and web "
-        "videos; cite Kuehne et al. 2011",
-        "*_test_split1.txt",
-    ),
-    "CCV": Source(
-        "https://www.ee.columbia.edu/ln/dvmm/CCV/",
-        "for research; the page gives YouTube identifiers, labels and features after a form, and "
-        "no videos; cite Jiang et al. 2011",
-        "trainVidID.txt",
-    ),
+    "UCF101": Source("classInd.txt", "https://www.crcv.ucf.edu/data/UCF101.php", "none stated"),
+    "HMDB51": Source("*_test_split1.txt", HMDB51_PAGE, "CC BY 4.0, says its page"),
+    "CCV": Source("trainVidID.txt", CCV_PAGE, "for research, after a form; it has no videos"),
 }
 
 
 @dataclass(frozen=True)
 class Official:
-    """A data set by its official lists; clips whose file is not there are ``missing``."""
+    """A data set by its official lists; videos whose file is not there are ``missing``."""
 
     name: str
     classes: tuple[str, ...]
-    clips: list[Clip]
-    missing: list[Clip]
+    videos: list[Video]
+    missing: list[Video]
+
+    @property
+    def clips(self) -> list[Video]:
+        return self.videos
 
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [
-            line.strip()
-            for line in file.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as one of the official lists ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
-def _ucf101(lists: Path, split: int) -> list[tuple[str, str, str, None]]:
+def _ucf101(lists: Path, split: int) -> list[Row]:
     known, rows = {line.split()[1] for line in _lines(lists / "classInd.txt")}, []
     for part in ("train", "test"):
-        for line in _lines(lists / f"{part}list{split:02d}.txt"):
-            name = line.split()[0]
+        file = lists / f"{part}list{split:02d}.txt"
+        for name in (line.split()[0] for line in _lines(file)):
             label = name.partition("/")[0]
             if label not in known:
-                raise UserError(
-                    f"{lists / f'{part}list{split:02d}.txt'}: {name} is of no class of classInd.txt"
-                )
+                raise UserError(f"{file}: {name} is of no class of classInd.txt")
             rows.append((name, label, part, None))
     return rows
 
 
-def _hmdb51(lists: Path, split: int) -> list[tuple[str, str, str, None]]:
-    """Codes: 1 to train on, 2 to test on; 0 is in neither part, and shares films with the test
-    part: left out."""
-    rows, end = [], f"_test_split{split}.txt"
+def _hmdb51(lists: Path, split: int) -> list[Row]:
+    """Codes: 1 trains, 2 tests; 0 is in neither part, and shares films with the test part."""
+    rows, end, parts = [], f"_test_split{split}.txt", {"0": "", "1": "train", "2": "test"}
     for file in sorted(lists.glob(f"*{end}")):
         label = file.name.removesuffix(end)
         for line in _lines(file):
             name, _, code = line.rpartition(" ")
-            if code not in ("0", "1", "2"):
-                raise UserError(f"{file}: the code of {line!r} is none of 0, 1, 2")
-            if code != "0":
-                rows.append(
-                    (f"{label}/{name.strip()}", label, "train" if code == "1" else "test", None)
-                )
+            if code not in parts:
+                raise UserError(f"{file}: the code of {line!r} is none of {', '.join(parts)}")
+            if parts[code]:
+                rows.append((f"{label}/{name.strip()}", label, parts[code], None))
     if not rows:
         raise UserError(f"{lists}: no lists of HMDB51's split {split}")
     return rows
 
 
-def _ccv(lists: Path, split: int) -> list[tuple[str, str, str, tuple[str, ...]]]:
-    """Videos without a label are unlabelled in training, and negatives of every class in
-    testing."""
-    names, rows = _lines(lists / "categoryName.txt"), []
+def _ccv(lists: Path, split: int) -> list[Row]:
+    """Without a label, videos to train on are unlabelled, and ones to test on of no class."""
     if split != 1:
         raise UserError(f"--split {split}: CCV has one split only")
+    names, rows = _lines(lists / "categoryName.txt"), []
     for part in ("train", "test"):
-        videos, labels = (
-            _lines(lists / f"{part}VidID.txt"),
-            [line.split() for line in _lines(lists / f"{part}Label.txt")],
-        )
-        if len(videos) != len(labels) or any(
-            len(row) != len(names) or set(row) - {"0", "1"} for row in labels
+        videos, file = _lines(lists / f"{part}VidID.txt"), lists / f"{part}Label.txt"
+        bits = ["".join(line.split()) for line in _lines(file)]
+        if len(bits) != len(videos) or any(
+            len(b) != len(names) or set(b) - set("01") for b in bits
         ):
-            raise UserError(
-                f"{lists / f'{part}Label.txt'}: needs {len(videos)} lines of {len(names)} zeros "
-                "and ones"
-            )
-        for video, row in zip(videos, labels, strict=True):
-            several = tuple(name for name, bit in zip(names, row, strict=True) if bit == "1")
-            rows.append((video, "", part if several or part == "test" else "unlabelled", several))
+            raise UserError(f"{file}: needs {len(videos)} lines of {len(names)} zeros and ones")
+        for video, row in zip(videos, bits, strict=True):
+            labels = tuple(name for name, bit in zip(names, row, strict=True) if bit == "1")
+            rows.append((video, "", part if labels or part == "test" else "unlabelled", labels))
     return rows
 
 
@@ -129,7 +104,7 @@ READERS = {"UCF101": _ucf101, "HMDB51": _hmdb51, "CCV": _ccv}
 
 
 def find_lists(root: Path) -> tuple[str, Path] | None:
-    """Which data set's official lists lie in ``root`` or in a folder of it, and where."""
+    """Return whose official lists lie in ``root`` or in a folder of it, and where."""
     for name, source in SOURCES.items():
         for pattern in (source.lists, f"*/{source.lists}"):
             if file := next(root.glob(pattern), None):
@@ -140,7 +115,7 @@ def find_lists(root: Path) -> tuple[str, Path] | None:
 def read_official(
     root: Path | str, *, lists: Path | str | None = None, split: int = 1
 ) -> Official | None:
-    """Clips of an official layout, in the order of its lists; None where there are no such lists.
+    """List the videos of an official layout, in its order; None where there are no such lists.
 
     Args:
         root: holds the videos, in any sub-folders.
@@ -156,62 +131,42 @@ def read_official(
     if split not in (1, 2, 3):
         raise UserError(f"--split {split}: choose 1, 2 or 3")
     name, folder = found
-    files = {}
-    for path in root.rglob("*"):
-        if path.suffix.lower() in EXTENSIONS:
-            files[path.stem if name == "CCV" else f"{path.parent.name}/{path.name}"] = path
-    clips = []
+    paths = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS]
+    by_stem = name == "CCV"
+    files = {path.stem if by_stem else f"{path.parent.name}/{path.name}": path for path in paths}
+    videos, missing = [], []
     for key, label, part, labels in READERS[name](folder, split):
         path = files.get(key, root / key)
-        clips.append(
-            Clip(path, label, path.name if name == "CCV" else group_of(path), part, labels)
-        )
-    there = set(files.values())
-    classes = sorted({label for c in clips for label in (c.labels or (c.label,)) if label})
-    return Official(name, tuple(classes), clips, [c for c in clips if c.path not in there])
+        group = path.name if by_stem else group_of(path)
+        videos.append(Video(path, label, group, part, labels))
+        if key not in files:
+            missing.append(videos[-1])
+    classes = {label for video in videos for label in (video.labels or (video.label,))}
+    return Official(name, tuple(sorted(classes - {""})), videos, missing)
 
 
-def multi_hot(clips: list[Clip], classes: tuple[str, ...]) -> Tensor:
-    """Labels as zeros and ones, [clips, classes]."""
-    return torch.tensor(
-        [[name in (clip.labels or (clip.label,)) for name in classes] for clip in clips],
-        dtype=torch.long,
-    )
-
-
-def save_list(clips: list[Clip], file: Path) -> None:
-    """A CSV for ``gdviz run --data``, of clips of one class each."""
+def save_list(videos: list[Video], file: Path) -> None:
+    """Write a CSV for ``gdviz run --data``, of videos of one class each."""
+    rows = ((v.path.resolve(), v.label, v.group, v.split) for v in videos)
     with atomic(file) as temporary, open(temporary, "w", newline="") as handle:
-        rows = ((c.path.resolve(), c.label, c.group, c.split) for c in clips)
         csv.writer(handle).writerows([("path", "label", "group", "split"), *rows])
 
 
 def describe(official: Official) -> str:
-    """What is there and what is missing, part by part, and where to get it."""
-    source, gone = SOURCES[official.name], set(official.missing)
-    lines = [
-        f"{official.name}: {len(official.clips) - len(gone)} of {len(official.clips)} videos, "
-        f"{len(official.classes)} classes"
-    ]
+    """Return what is there and what is missing, part by part, and where to get it."""
+    source, gone, total = SOURCES[official.name], set(official.missing), len(official.videos)
+    there = f"{total - len(official.missing)} of {total} videos"
+    lines = [f"{official.name}: {there}, {len(official.classes)} classes"]
     for part in SPLITS:
-        if wanted := [c for c in official.clips if c.split == part]:
-            absent = [c.path.name for c in wanted if c in gone]
-            lines.append(
-                f"  {part}: {len(wanted) - len(absent)} of {len(wanted)}"
-                + (f"; missing {absent[0]}, ..." if absent else "")
-            )
-    if several := Counter(len(c.labels) for c in official.clips if c.labels is not None):
-        lines.append(
-            "  videos by number of labels: "
-            + ", ".join(f"{count} with {n}" for n, count in sorted(several.items()))
-        )
-    return "\n".join(
-        [
-            *lines,
-            *(
-                [f"  get what is missing from {source.page}", f"  terms: {source.terms}"]
-                if gone
-                else []
-            ),
-        ]
-    )
+        wanted = [video for video in official.videos if video.split == part]
+        absent = [video.path.name for video in wanted if video in gone]
+        first = f"; missing {absent[0]}, ..." if absent else ""
+        if wanted:
+            lines.append(f"  {part}: {len(wanted) - len(absent)} of {len(wanted)}{first}")
+    several = Counter(len(v.labels) for v in official.videos if v.labels is not None)
+    if several:
+        counts = ", ".join(f"{count} with {n}" for n, count in sorted(several.items()))
+        lines.append(f"  videos by number of labels: {counts}")
+    if gone:
+        lines.append(f"  get what is missing from {source.page} (terms: {source.terms})")
+    return "\n".join(lines)

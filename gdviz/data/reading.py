@@ -1,20 +1,19 @@
 """Frames out of a video file that equal FFmpeg's own full decode, or a reason why there are none.
 
 Containers lie about their length, decoders conceal damage, and seeking may land anywhere. So a file
-is decoded whole by PyAV, once (`verify`): what was counted there is all that later reading
-(`frames_of`) trusts. PyAV reads from the places from which decoding was seen to give the same
-frames again. Frames far from any are read by decord, where it was seen to give them.
+is decoded whole, once (`verify`), and later reading (`frames_of`) trusts only what was found then:
+PyAV begins at key frames from which decoding was seen to give the same frames again, and decord,
+which is faster far from them, reads what it was seen to read right.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 
 import av
@@ -25,22 +24,20 @@ from av.container import InputContainer
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 decord.logging.set_level(decord.logging.QUIET)
 EXTENSIONS = {".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v"}
+Mark = namedtuple("Mark", "time key digest")  # what `verify` remembers of each frame
 VERSION = 1  # raise when `verify` finds or refuses other things: files are then verified again
-_CHECKED, _APART = (
-    4,
-    8,
-)  # frames compared after each seek; least distance between two places to seek to
-# frames that PyAV decodes in vain before decord, which is slower to open and to convert, would have
-# been faster
-_NEAR = 128
-_FAR = (
-    255**2 / 10**4.5
-)  # a PSNR of 45 dB: decord's frames equal PyAV's, or else differ by more than that in colour
+STRICT = {"err_detect": "explode"}  # FFmpeg raises where it would conceal damage
+CHECKED, APART = 4, 8  # frames compared after each seek; least distance between places to seek to
+# Frames that PyAV decodes in vain before decord, slower to open and to convert, is faster.
+NEAR = 128
+# A PSNR of 45 dB: decord's frames equal PyAV's, or else differ by more than that in colour.
+FAR = 255**2 / 10**4.5
 
 
 class DamagedVideo(Exception):
@@ -57,37 +54,33 @@ class VideoInfo:
     fps: float  # on average
     bytes: int
     turns: int  # quarter turns, counter-clockwise, that make a frame upright
-    by_decord: (
-        int  # so many frames, from the first on, are read by decord: none, all, or all but the last
-    )
+    by_decord: int  # frames, from the first on, left to decord: none, all, or all but the last
     keys: tuple[tuple[int, int], ...]  # (frame number, time stamp): where PyAV may begin to decode
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     try:
-        # `explode`: FFmpeg raises where it would conceal damage.
-        with av.open(
-            str(path), options={"err_detect": "explode"}, metadata_errors="replace"
-        ) as container:
-            streams = [
-                s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-            ]
-            if len(streams) != 1:
-                sizes = ", ".join(f"{s.width} x {s.height}" for s in streams)
-                raise DamagedVideo(
-                    f"{len(streams)} video streams ({sizes}): which one is meant?"
-                    if streams
-                    else "no video stream"
-                )
-            (stream,) = streams
-            if stream.codec_context is None:
-                raise DamagedVideo("no decoder for it in this build of FFmpeg")
-            stream.codec_context.options = {"err_detect": "explode"}
+        with av.open(str(path), options=STRICT, metadata_errors="replace") as container:
+            stream = _only_stream(container)
+            stream.codec_context.options = STRICT
             stream.thread_type = "NONE"
             yield container, stream
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise DamagedVideo(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _only_stream(container: InputContainer) -> av.VideoStream:
+    cover = Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise DamagedVideo("no video stream")
+    if len(streams) > 1:
+        sizes = ", ".join(f"{stream.width} x {stream.height}" for stream in streams)
+        raise DamagedVideo(f"{len(streams)} video streams ({sizes}): which one is meant?")
+    if streams[0].codec_context is None:
+        raise DamagedVideo("no decoder for it in this build of FFmpeg")
+    return streams[0]
 
 
 def _sound(frame: av.VideoFrame, number: int) -> av.VideoFrame:
@@ -99,15 +92,13 @@ def _sound(frame: av.VideoFrame, number: int) -> av.VideoFrame:
 def _frames_from(
     container: InputContainer, stream: av.VideoStream, start: int, time: int
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Numbered frames from a place of ``VideoInfo.keys`` on; frame 0 needs no seeking."""
+    """Yield numbered frames from a place of ``VideoInfo.keys`` on; frame 0 needs no seeking."""
     if start:
         container.seek(time, stream=stream)
-    number, seeking = start, bool(start)
+    number, seeking = start, start > 0
     for frame in container.decode(stream):
-        if seeking and (
-            frame.pts is None or frame.pts < time
-        ):  # leading frames, which need what comes before
-            continue
+        if seeking and (frame.pts is None or frame.pts < time):
+            continue  # it leads the key frame, and needs what comes before
         if seeking and frame.pts != time:
             raise DamagedVideo(f"seeking to frame {start} ends elsewhere")
         seeking = False
@@ -117,10 +108,8 @@ def _frames_from(
 
 def _digest(frame: av.VideoFrame) -> int:
     plane = frame.planes[0]
-    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
-        : frame.height : 2, : frame.width
-    ]  # the rest of a line is padding
-    return zlib.crc32(rows.tobytes())
+    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return zlib.crc32(lines[: frame.height : 2, : frame.width].tobytes())  # without padding
 
 
 def _turns(frame: av.VideoFrame) -> int:
@@ -129,54 +118,54 @@ def _turns(frame: av.VideoFrame) -> int:
         return 0
     a, b, _, c, d = np.frombuffer(side, np.int32)[:5].astype(float)
     if a * d - b * c <= 0 or frame.rotation % 90:
-        raise DamagedVideo(
-            f"is to be shown mirrored or turned by {frame.rotation} degrees, which only players do"
-        )
+        how = f"mirrored or turned by {frame.rotation} degrees"
+        raise DamagedVideo(f"is to be shown {how}, which only players do")
     return frame.rotation // 90 % 4
 
 
+def _seeks_right(
+    container: InputContainer, stream: av.VideoStream, marks: list[Mark], start: int
+) -> bool:
+    """Return whether decoding from key frame ``start`` gives what the whole pass gave."""
+    try:
+        for number, frame in _frames_from(container, stream, start, marks[start].time):
+            if (frame.pts, _digest(frame)) != (marks[number].time, marks[number].digest):
+                return False
+            if number + 1 >= min(start + CHECKED, len(marks)):
+                return True
+    except (av.FFmpegError, DamagedVideo):
+        pass
+    return False
+
+
+def _keep(
+    sample: dict[int, tuple[int, av.VideoFrame]],
+    number: int,
+    frame: av.VideoFrame,
+    rng: np.random.Generator,
+) -> None:
+    """Keep the first frame, two at random, and the last two of a stream of unknown length."""
+    for slot in 1, 2:
+        if rng.random() * (number + 1) < 1:
+            sample[slot] = number, frame
+    sample.setdefault(0, (number, frame))
+    sample[3], sample[4] = sample.get(4, (number, frame)), (number, frame)
+
+
 def _keys(
-    container: InputContainer, stream: av.VideoStream, marks: list[tuple[int | None, bool, int]]
+    container: InputContainer, stream: av.VideoStream, marks: list[Mark]
 ) -> tuple[tuple[int, int], ...]:
-    """The key frames from which decoding gives what the whole pass gave; none when one of them does
-    not."""
-    times = [time for time, _, _ in marks]
+    """Return the key frames to seek to; none when one of them is not where it seems to be."""
+    times = [mark.time for mark in marks]
     if None in times or any(b <= a for a, b in pairwise(times)):
         return ()
     keys: list[tuple[int, int]] = []
-    for start, (time, key, _) in enumerate(marks):
-        if not key or start < (keys[-1][0] if keys else 0) + _APART:
-            continue
-        try:
-            for number, frame in _frames_from(container, stream, start, time):
-                if (frame.pts, _digest(frame)) != (marks[number][0], marks[number][2]):
-                    return ()
-                if number + 1 >= min(start + _CHECKED, len(marks)):
-                    keys.append((start, time))
-                    break
-            else:
+    for start, mark in enumerate(marks):
+        if mark.key and start >= (keys[-1][0] if keys else 0) + APART:
+            if not _seeks_right(container, stream, marks, start):
                 return ()
-        except (av.FFmpegError, DamagedVideo):
-            return ()
+            keys.append((start, mark.time))
     return tuple(keys)
-
-
-class _Sample:
-    """The first frame, two at random, and the last two of a stream whose length shows at its end
-    only."""
-
-    def __init__(self) -> None:
-        self.rng, self.kept, self.last = np.random.default_rng(0), [], deque(maxlen=2)
-
-    def add(self, number: int, frame: av.VideoFrame) -> None:
-        self.last.append((number, frame))
-        self.kept = self.kept or [(number, frame)] * 3
-        for slot in 1, 2:
-            if self.rng.random() * (number + 1) < 1:
-                self.kept[slot] = number, frame
-
-    def frames(self) -> dict[int, av.VideoFrame]:
-        return dict(sorted([*self.kept, *self.last], key=itemgetter(0)))
 
 
 def _rgb(frame: av.VideoFrame, converter: VideoReformatter, turns: int) -> np.ndarray:
@@ -189,120 +178,124 @@ def _open_by_decord(path: Path | str) -> decord.VideoReader:
     return decord.VideoReader(str(path), num_threads=1, fault_tol=1)
 
 
-def _trust_in_decord(
-    path: Path | str,
-    sample: dict[int, av.VideoFrame],
-    keys: list[int],
-    frames: int,
-    turns: int,
-    b_frames: bool,
-) -> int:
-    """How many frames, from the first on, decord is trusted with: it numbers key frames alike and
-    gives the sampled frames."""
-    trusted = frames - b_frames  # its last frame of files with B-frames depends on timing
-    index, converter = [number for number in sample if number < trusted], VideoReformatter()
+def _decord_is_right(
+    path: Path | str, sample: dict[int, av.VideoFrame], marks: list[Mark], turns: int
+) -> bool:
+    """Return whether decord counts frames and key frames alike and gives the sampled frames."""
+    index, converter = sorted(sample), VideoReformatter()
     try:
         reader = _open_by_decord(path)
-        if (
-            len(reader) != frames or list(reader.get_key_indices()) != keys
-        ):  # it would seek to wrong places
-            return 0
+        keys = [number for number, mark in enumerate(marks) if mark.key]
+        if len(reader) != len(marks) or list(reader.get_key_indices()) != keys:
+            return False  # it would seek to wrong places
         for number, seen in zip(index, reader.get_batch(index).asnumpy(), strict=True):
             true = _rgb(sample[number], converter, turns)
-            if seen.shape != true.shape or np.square(seen.astype(np.float32) - true).mean() > _FAR:
-                return 0
+            if seen.shape != true.shape or np.square(seen.astype(np.float32) - true).mean() > FAR:
+                return False
     except decord.DECORDError:
-        return 0
-    return trusted
+        return False
+    return True
+
+
+def _decoded(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Yield all frames; raise DamagedVideo when one is corrupt, or some are missing."""
+    packets = number = 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise DamagedVideo(f"packet {packets} is corrupt")
+        packets += packet.size > 0
+        for frame in packet.decode():
+            yield _sound(frame, number)
+            number += 1
+    if packets < stream.frames:
+        promise = f"{packets} of the {stream.frames} frames that its header promises"
+        raise DamagedVideo(f"cut off: {promise}")
 
 
 def verify(path: Path | str) -> VideoInfo:
-    """Decodes the whole file once, and a little of it again: by decord, and from each key frame.
+    """Decode the whole file once, and a little of it again: by decord, and from each key frame.
 
     Raises:
         DamagedVideo: unreadable, truncated or corrupt; no video in it, or two; frames that differ
             in size, or that are to be shown mirrored.
     """
-    packets, marks, shape, turns, sample = 0, [], None, 0, _Sample()
+    marks, shape, turns, sample, rng = [], None, 0, {}, np.random.default_rng(0)
     with _opened(path) as (container, stream):
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise DamagedVideo(f"packet {packets} is corrupt")
-            packets += packet.size > 0
-            for frame in packet.decode():
-                _sound(frame, len(marks))
-                if shape is None:
-                    shape, turns = (frame.width, frame.height), _turns(frame)
-                if shape != (frame.width, frame.height):
-                    raise DamagedVideo(
-                        f"frame {len(marks)} is {frame.width} x {frame.height}, those before "
-                        f"{shape[0]} x {shape[1]}"
-                    )
-                sample.add(len(marks), frame)
-                marks.append((frame.pts, frame.key_frame, _digest(frame)))
-        if packets < stream.frames:
-            raise DamagedVideo(
-                f"cut off: {packets} of the {stream.frames} frames that its header promises"
-            )
+        for number, frame in enumerate(_decoded(container, stream)):
+            size = (frame.width, frame.height)
+            if shape is None:
+                shape, turns = size, _turns(frame)
+            if size != shape:
+                differ = "frame {} is {} x {}, those before {} x {}".format(number, *size, *shape)
+                raise DamagedVideo(differ)
+            _keep(sample, number, frame, rng)
+            marks.append(Mark(frame.pts, frame.key_frame, _digest(frame)))
         if len(marks) < 2:
             raise DamagedVideo(f"{len(marks)} frame{'s' * (len(marks) != 1)} only: nothing moves")
-        fps, b_frames = float(stream.average_rate or 0), bool(stream.codec_context.has_b_frames)
-        numbers = [number for number, (_, key, _) in enumerate(marks) if key]
-        by_decord = _trust_in_decord(path, sample.frames(), numbers, len(marks), turns, b_frames)
-        keys = _keys(container, stream, marks)
+        # decord's last frame of files with B-frames depends on timing.
+        trusted = len(marks) - bool(stream.codec_context.has_b_frames)
+        frames = {number: frame for number, frame in sample.values() if number < trusted}
+        by_decord = trusted if _decord_is_right(path, frames, marks, turns) else 0
+        fps, keys = float(stream.average_rate or 0), _keys(container, stream, marks)
     width, height = shape if turns % 2 == 0 else shape[::-1]
-    return VideoInfo(
-        len(marks), width, height, fps, Path(path).stat().st_size, turns, by_decord, keys
-    )
+    length = Path(path).stat().st_size
+    return VideoInfo(len(marks), width, height, fps, length, turns, by_decord, keys)
 
 
 def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[np.ndarray]:
-    """The frames numbered ``index`` (rising), upright, uint8 [height, width, 3], one by one.
+    """Yield the frames numbered ``index`` (rising), upright, uint8 [height, width, 3].
 
     Raises:
         DamagedVideo: the file is not what was verified.
         IndexError: it has no such frame.
     """
-    if len(index) and not 0 <= index[0] <= index[-1] < info.frames:
+    if not len(index):
+        return
+    if not 0 <= index[0] <= index[-1] < info.frames:
         raise IndexError(f"{path}: frames {index[0]} to {index[-1]} of {info.frames}")
+    changed = "has changed since it was verified"
     with suppress(OSError):  # a file that is gone is told of below
         if Path(path).stat().st_size != info.bytes:
-            raise DamagedVideo("has changed since it was verified")
-    start, time = max(
-        (key for key in info.keys if len(index) and key[0] <= index[0]), default=(0, 0)
-    )
-    if len(index) and index[-1] < info.by_decord and index[-1] - start > _NEAR + 2 * len(index):
-        try:
-            pixels = _open_by_decord(path).get_batch(index).asnumpy()
-        except decord.DECORDError as error:
-            raise DamagedVideo(
-                f"cannot be decoded any more (decord: {str(error).strip().splitlines()[-1]})"
-            ) from error
-        if pixels.shape[1:] != (info.height, info.width, 3):
-            raise DamagedVideo("has changed since it was verified")
-        yield from pixels
-        return
-    wanted = iter(np.asarray(index).tolist())
-    converter, next_one = VideoReformatter(), next(wanted, None)
+            raise DamagedVideo(changed)
+    start = max((key for key in info.keys if key[0] <= index[0]), default=(0, 0))
+    far = index[-1] - start[0] > NEAR + 2 * len(index)
+    read = _by_decord if far and index[-1] < info.by_decord else _by_pyav
+    for pixels in read(path, index, start, info.turns):
+        if pixels.shape != (info.height, info.width, 3):
+            raise DamagedVideo(changed)
+        yield pixels
+
+
+def _by_decord(
+    path: Path | str, index: np.ndarray, start: tuple[int, int], turns: int
+) -> Iterator[np.ndarray]:
+    try:
+        yield from _open_by_decord(path).get_batch(index).asnumpy()
+    except decord.DECORDError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DamagedVideo(f"cannot be decoded any more (decord: {reason})") from error
+
+
+def _by_pyav(
+    path: Path | str, index: np.ndarray, start: tuple[int, int], turns: int
+) -> Iterator[np.ndarray]:
+    wanted, converter = deque(index.tolist()), VideoReformatter()
     with _opened(path) as (container, stream):
-        for number, frame in _frames_from(container, stream, start, time):
-            if next_one is None:
-                return
-            if number == next_one:
-                pixels = _rgb(frame, converter, info.turns)
-                if pixels.shape != (info.height, info.width, 3):
-                    raise DamagedVideo("has changed since it was verified")
-            while number == next_one:
+        for number, frame in _frames_from(container, stream, *start):
+            if number == wanted[0]:
+                pixels = _rgb(frame, converter, turns)
+            while wanted and number == wanted[0]:
                 yield pixels
-                next_one = next(wanted, None)
-    if next_one is not None:
-        raise DamagedVideo(f"ends before frame {next_one}: it has changed since it was verified")
+                wanted.popleft()
+            if not wanted:
+                return
+    raise DamagedVideo(f"ends before frame {wanted[0]}: it has changed since it was verified")
 
 
 def read_square(
     path: Path | str, frames: int, size: int, info: VideoInfo | None = None
-) -> tuple[Tensor, VideoInfo]:
-    """Reads ``frames`` frames spread evenly over a video, resized to a square.
+) -> tuple[UInt8[Tensor, "f s s 3"], VideoInfo]:
+    """Read ``frames`` frames spread evenly over a video, resized to a square.
 
     Args:
         path: video file.
@@ -311,22 +304,16 @@ def read_square(
             nothing.
         info: what `verify` found; without it the file is verified first.
 
-    Returns:
-        uint8 tensor [frames, size, size, 3] and what the verifying pass found.
-
     Raises:
         DamagedVideo: see `verify`.
     """
     info = info or verify(path)
     out = torch.empty(frames, size, size, 3, dtype=torch.uint8)
-    # Of a longer video that decord reads, the last frame is left out where it is not trusted with
-    # that.
+    # Of a longer video the last frame is left out where decord reads all but that.
     last = ((info.frames > frames and info.by_decord) or info.frames) - 1
     index = np.linspace(0, last, frames).round().astype(int)
     for row, pixels in zip(out, frames_of(path, index, info), strict=True):
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
-        small = interpolate(
-            image, (size, size), mode="bilinear", antialias=True, align_corners=False
-        )
-        row.copy_(small[0].round().clamp(0, 255).permute(1, 2, 0))
+        resized = interpolate(image, (size, size), mode="bilinear", antialias=True)
+        row.copy_(resized[0].round().clamp(0, 255).permute(1, 2, 0))
     return out, info

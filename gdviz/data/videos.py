@@ -1,5 +1,4 @@
-"""Sets of videos: read once, kept in a cache (`gdviz.data.cache`) fingerprinted by files and
-view."""
+"""Sets of videos: in memory, or decoded once into a cache (`gdviz.data.cache`)."""
 
 from __future__ import annotations
 
@@ -12,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from torch import Generator, Tensor
 
 from gdviz.config import MotionData, View
 from gdviz.core.files import UserError, fingerprint
 from gdviz.data.cache import Cache, fill, open_cache
 from gdviz.data.clips import starts_and_strides
-from gdviz.data.listing import SPLITS, Clip, check_classes, read_clips, split_by_group
+from gdviz.data.listing import SPLITS, Video, check_classes, read_list, split_by_group
 from gdviz.data.motion import make_motion
 from gdviz.data.official import read_official
-from gdviz.data.verified import stat
+from gdviz.data.verified import stat, verified
 
 VERSION = 3  # raise when decoding, resizing or the caches change: older caches are then made again
 
@@ -57,7 +57,7 @@ class VideoSet:
         Args:
             pixels: uint8 ``[n, frames, height, width, 3]``.
             labels: classes from 0 on; -1 where unknown.
-            splits: ``train``, ``unlabelled`` or ``test``.
+            splits: ``train``, ``unlabelled`` (whose labels are hidden) or ``test``.
             groups: recordings; videos of one stay in one fold. By default each is its own.
             label_names: of the classes; by default their numbers.
             name: what to call the set.
@@ -65,39 +65,39 @@ class VideoSet:
         Raises:
             UserError: shapes, types, splits or labels that do not fit.
         """
-        pixels, numbers = np.asarray(pixels), torch.tensor([int(label) for label in labels])
-        count = len(pixels)
+        pixels, numbers = np.asarray(pixels), np.asarray(labels)
         if pixels.ndim != 5 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-            raise UserError(
-                "pixels: needs uint8 [videos, frames, height, width, 3], got "
-                f"{pixels.dtype} {list(pixels.shape)}"
-            )
-        groups = tuple(map(str, range(count))) if groups is None else tuple(groups)
+            got = f"{pixels.dtype} {list(pixels.shape)}"
+            raise UserError(f"pixels: needs uint8 [videos, frames, height, width, 3], got {got}")
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+            raise UserError("labels: needs whole numbers, and -1 where unknown")
+        count, numbers = len(pixels), torch.from_numpy(numbers.astype(np.int64))
+        groups = tuple(map(str, range(count) if groups is None else groups))
         for what, values in {"labels": numbers, "splits": splits, "groups": groups}.items():
             if len(values) != count:
                 raise UserError(f"{what}: {len(values)} for {count} videos")
         if unknown := set(splits) - set(SPLITS):
-            raise UserError(f"splits: {sorted(unknown)[0]!r} is none of {', '.join(SPLITS)}")
-        known = numbers >= 0
-        needed = torch.tensor([split != "unlabelled" for split in splits])
-        if (needed & ~known).any():
+            raise UserError(f"splits: {min(unknown)!r} is none of {', '.join(SPLITS)}")
+        hidden = torch.tensor([split == "unlabelled" for split in splits], dtype=torch.bool)
+        labels = numbers.masked_fill(hidden, -1)
+        if (labels[~hidden] < 0).any():
             raise UserError("labels: a video to train or test on has none")
-        classes = int(numbers.max()) + 1
-        names = tuple(map(str, label_names or range(classes)))
+        classes = max(numbers.tolist(), default=-1) + 1
+        names = tuple(map(str, range(classes) if label_names is None else label_names))
         if len(names) < classes:
             raise UserError(f"label_names: {len(names)} for {classes} classes")
         about = fingerprint(numbers.tolist(), splits, groups, list(pixels.shape))
         digest = sha256(about.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
-        labels = torch.where(needed, numbers, -1)
-        metadata = torch.zeros(count, 5)
-        return cls(name, digest, pixels, names, labels, tuple(splits), groups, metadata)
+        return cls(
+            name, digest, pixels, names, labels, tuple(splits), groups, torch.zeros(count, 5)
+        )
 
-    def rows(self, split: str) -> Tensor:
+    def rows(self, split: str) -> Int[Tensor, " rows"]:
         """Return the row numbers of a part: train, unlabelled or test."""
         return torch.tensor([i for i, s in enumerate(self.splits) if s == split], dtype=torch.long)
 
     @cached_property
-    def training_rows(self) -> Tensor:
+    def training_rows(self) -> Int[Tensor, " rows"]:
         """Labelled rows first, then unlabelled ones."""
         return torch.cat([self.rows("train"), self.rows("unlabelled")])
 
@@ -106,22 +106,19 @@ class VideoSet:
         read = [self.pixels[row, part] for row, part in zip(places.tolist(), frames, strict=True)]
         return torch.from_numpy(np.stack(read))
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """Return whole videos, uint8 [b, f, h, w, 3]."""
+    def batch(self, rows: Int[Tensor, " b"]) -> UInt8[Tensor, "b f h w 3"]:
+        """Return whole videos."""
         return self._read(rows, [slice(None)] * len(rows))
 
     def clips(
         self,
-        rows: Tensor,
+        rows: Int[Tensor, " b"],
         length: int,
         stride: int | Tensor = 1,
         rng: Generator | None = None,
         place: float | Tensor = 0.5,
-    ) -> Tensor:
-        """Return ``pick_frames(self.batch(rows), ...)``: uint8 [b, length, h, w, 3].
-
-        Only the frames of the clips are read.
-        """
+    ) -> UInt8[Tensor, "b t h w 3"]:
+        """Return ``pick_frames(self.batch(rows), ...)``, reading only the frames of the clips."""
         frames = self.pixels.shape[1]
         drawn = starts_and_strides(len(rows), frames, length, stride, rng, place)
         # A slice is copied once, in one piece; numbers of frames would be copied frame by frame.
@@ -133,7 +130,7 @@ class VideoSet:
 
 
 def open_videos(
-    clips: list[Clip],
+    videos: list[Video],
     view: View,
     cache: Path | str,
     *,
@@ -141,53 +138,49 @@ def open_videos(
     storage: str = "memmap",
     workers: Any = 1,
 ) -> VideoSet:
-    """Decode ``clips`` into a cache, or open the cache that an earlier call left.
+    """Decode videos into a cache, or open the cache that an earlier call left.
 
     Args:
-        clips: what to read, with its split.
+        videos: what to read, with its split.
         view: size and number of frames kept.
         cache: folder for decoded sets, one sub-folder per fingerprint of files (path, size, time
             of change), labels, view and code version: anything else never opens it.
         name: what to call the set.
         storage: how decoded videos are kept: memmap, jpeg or transcode.
-        workers: decoding processes, or a cluster; a reader that dies or hangs is survived with
-            two or more.
-
-    Returns:
-        The set, without the videos that could not be read: they are listed in ``skipped``.
+        workers: decoding processes, or a cluster; with two or more a reader that dies or hangs is
+            survived.
 
     Raises:
-        UserError: some clips have several labels, too little is left to train and test on, or the
+        UserError: some videos have several labels, too little is left to train and test on, or the
             disk is full.
     """
-    if several := next((c for c in clips if c.labels), None):
-        raise UserError(
-            f"--data {name}: {several.path.name} may show several classes, but students are "
-            "trained on videos of one class each"
-        )
-    stats = [(str(c.path.resolve()), c.label, c.group, c.split, *stat(c.path)) for c in clips]
+    if several := next((video for video in videos if video.labels), None):
+        needs = "students are trained on videos of one class each"
+        raise UserError(f"--data {name}: {several.path.name} may show several classes; {needs}")
+    stats = [(str(v.path.resolve()), v.label, v.group, v.split, *stat(v.path)) for v in videos]
     stamp = fingerprint(stats, view.size, view.frames, storage, VERSION)
-    folder = Path(cache) / stamp
-    if not (folder / "index.json").exists():
-        fill(folder, [c.path for c in clips], view, storage, stamp, workers=workers)
-    pixels, metadata, skipped = open_cache(folder, view, storage, stamp, len(clips))
-    keep = [i for i in range(len(clips)) if i not in skipped]
-    kept = [clips[i] for i in keep]
-    check_classes(kept, Path(name))
-    names = tuple(sorted({c.label for c in kept if c.label}))
-    labels = [names.index(c.label) if c.label and c.split != "unlabelled" else -1 for c in kept]
+    shape = (len(videos), view.frames, view.size, view.size, 3)
+    pixels = Cache(Path(cache) / stamp, storage, shape)
+    if not (pixels.folder / "index.json").exists():
+        paths = [video.path for video in videos]
+        known = verified(paths, Path(cache) / "verified.sqlite", workers=workers)
+        fill(pixels, paths, known, workers=workers)
+    metadata, skipped = open_cache(pixels)
+    keep = [i for i in range(len(videos)) if i not in skipped]
+    kept = [videos[i] for i in keep]
+    check_classes(kept, name)
+    names = tuple(sorted({video.label for video in kept if video.label}))
     return VideoSet(
         name=name,
-        # rows shift with what is left out
-        fingerprint=fingerprint(stamp, sorted(skipped)) if skipped else stamp,
+        fingerprint=fingerprint(stamp, sorted(skipped)) if skipped else stamp,  # rows shift
         pixels=pixels,
         label_names=names,
-        labels=torch.tensor(labels),
-        splits=tuple(c.split for c in kept),
-        groups=tuple(c.group for c in kept),
+        labels=torch.tensor([names.index(v.label) if v.label else -1 for v in kept]),
+        splits=tuple(video.split for video in kept),
+        groups=tuple(video.group for video in kept),
         metadata=torch.from_numpy(metadata[keep]),
-        skipped=tuple((str(clips[i].path), reason) for i, reason in skipped.items()),
-        places=None if len(keep) == len(clips) else np.array(keep),
+        skipped=tuple((str(videos[i].path), reason) for i, reason in skipped.items()),
+        places=np.array(keep) if skipped else None,
     )
 
 
@@ -195,9 +188,9 @@ def load_motion(
     cfg: MotionData, view: View, root: Path | str, *, storage: str = "memmap", workers: Any = 1
 ) -> VideoSet:
     """Open the embedded set: written as mp4 files under ``root`` if need be, then read back."""
-    clips = read_clips(make_motion(root, cfg, workers=workers) / "index.csv")
+    videos = read_list(make_motion(root, cfg, workers=workers) / "index.csv")
     cache = Path(root) / "cache"
-    return open_videos(clips, view, cache, name="motion", storage=storage, workers=workers)
+    return open_videos(videos, view, cache, name="motion", storage=storage, workers=workers)
 
 
 def load_videos(
@@ -211,15 +204,15 @@ def load_videos(
 ) -> VideoSet:
     """Open a set of your own: a folder of class sub-folders, a CSV, or an official layout.
 
-    A CSV has columns path, label, group, split. Without given splits the set is split by group.
-    Of an official layout (UCF101, HMDB51) the first split is taken. With two workers or more a
-    file that kills or hangs its reader costs that file only; a script then calls this under
-    ``if __name__ == "__main__":``. Other arguments: see :func:`open_videos`.
+    A CSV has columns path, label, group, split. Without given splits the set is split by group,
+    drawn by ``seed``. Of an official layout (UCF101, HMDB51) the first split is taken. With two
+    workers or more a file that kills or hangs its reader costs that file only; a script then calls
+    this under ``if __name__ == "__main__":``. Other arguments: see :func:`open_videos`.
     """
     if official := read_official(source):
-        clips, gone = official.clips, set(official.missing)
-        if not any(clip.labels for clip in clips):
-            check_classes([clip for clip in clips if clip not in gone], Path(source))
+        videos, gone = official.videos, set(official.missing)
+        if not any(video.labels for video in videos):
+            check_classes([video for video in videos if video not in gone], str(source))
     else:
-        clips = split_by_group(read_clips(source), seed=seed)
-    return open_videos(clips, view, cache, name=str(source), storage=storage, workers=workers)
+        videos = split_by_group(read_list(source), seed=seed)
+    return open_videos(videos, view, cache, name=str(source), storage=storage, workers=workers)

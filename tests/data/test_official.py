@@ -1,4 +1,4 @@
-"""Official lists become the clips that their authors meant."""
+"""Official lists become the videos that their authors meant."""
 
 from collections import Counter
 
@@ -6,8 +6,8 @@ import pytest
 
 from gdviz.config import View
 from gdviz.core.files import UserError
-from gdviz.data.listing import read_clips, split_by_group
-from gdviz.data.official import SOURCES, describe, find_lists, multi_hot, read_official, save_list
+from gdviz.data.listing import read_list, split_by_group
+from gdviz.data.official import SOURCES, describe, find_lists, read_official, save_list
 from gdviz.data.videos import load_videos
 
 # (train, test), as the papers give them
@@ -21,27 +21,25 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_the_official_lists_have_their_sizes_and_leak_no_group(official, name, split):
     found = read_official(official / "ucf101_layout", lists=official / "splits" / name, split=split)
-    parts = Counter(clip.split for clip in found.clips)
+    parts = Counter(video.split for video in found.videos)
     assert (parts["train"], parts["test"]) == SIZES[name][split]
     assert len(found.classes) == {"ucf101": 101, "hmdb51": 51}[name]
-    assert {clip.label for clip in found.clips} == set(found.classes)
-    assert split_by_group(found.clips) == found.clips  # raises where a group is on both sides
-    there = [clip for clip in found.clips if clip.path.exists()]
-    assert len(there) == len(found.clips) - len(found.missing) == (15 if name == "ucf101" else 0)
-    assert all(clip.path.parent.name == clip.label and clip.group == "g01" for clip in there)
-    assert f"{len(there)} of {len(found.clips)} videos" in describe(found)
+    assert {video.label for video in found.videos} == set(found.classes)
+    assert split_by_group(found.videos) == found.videos  # raises where a group is on both sides
+    there = [video for video in found.videos if video.path.exists()]
+    missing = len(found.videos) - len(found.missing)
+    assert len(there) == missing == (15 if name == "ucf101" else 0)
+    assert all(v.path.parent.name == v.label and v.group == "g01" for v in there)
+    assert f"{len(there)} of {len(found.videos)} videos" in describe(found)
 
 
 def test_ccv_has_videos_of_several_classes_and_of_none(official, tmp_path):
     found = read_official(tmp_path, lists=official / "splits" / "ccv")
-    assert Counter(clip.split for clip in found.clips) == {
-        "train": 3650,
-        "unlabelled": 1009,
-        "test": 4658,
-    }
-    assert Counter(len(clip.labels) for clip in found.clips) == {0: 1996, 1: 6773, 2: 538, 3: 10}
-    assert found.clips[0].labels == ("Basketball",)
-    assert multi_hot(found.clips, found.classes).sum() == 6773 + 2 * 538 + 3 * 10
+    parts = Counter(video.split for video in found.videos)
+    assert parts == {"train": 3650, "unlabelled": 1009, "test": 4658}
+    several = Counter(len(video.labels) for video in found.videos)
+    assert several == {0: 1996, 1: 6773, 2: 538, 3: 10}
+    assert found.videos[0].labels == ("Basketball",)
     with pytest.raises(UserError, match="--split 2: CCV has one"):
         read_official(tmp_path, lists=official / "splits" / "ccv", split=2)
 
@@ -52,68 +50,60 @@ def write(folder, files: dict[str, str]) -> None:
         (folder / name).write_text(text, newline="")
 
 
-def test_small_layouts_are_found_and_read(tmp_path):
-    videos = {
-        f"hmdb51/wave/{n}_wave_f_cm_np1_ba_med_{i}.avi": ""
-        for n in ("A#1 (x)", "B", "C")
-        for i in (0, 1)
-    }
-    codes = zip(videos, (1, 1, 2, 2, 0, 0), strict=True)
-    lists = {
-        "splits/wave_test_split1.txt": "".join(
-            f"{v.rpartition('/')[2]} {code} \r\n" for v, code in codes
-        )
-    }
-    write(tmp_path, videos | lists)
+def test_hmdb51_s_codes_and_odd_names(tmp_path):
+    names = [f"{n}_wave_f_cm_np1_ba_med_{i}.avi" for n in ("A#1 (x)", "B", "C") for i in (0, 1)]
+    lines = [f"{name} {code} \r\n" for name, code in zip(names, (1, 1, 2, 2, 0, 0), strict=True)]
+    write(tmp_path, {f"hmdb51/wave/{name}": "" for name in names})
+    write(tmp_path, {"splits/wave_test_split1.txt": "".join(lines)})
     assert find_lists(tmp_path) == ("HMDB51", tmp_path / "splits")
     found = read_official(tmp_path)
-    assert [(c.path.name[0], c.label, c.group, c.split) for c in found.clips] == [
+    assert [(v.path.name[0], v.label, v.group, v.split) for v in found.videos] == [
         ("A", "wave", "A#1 (x)_wave", "train"), ("A", "wave", "A#1 (x)_wave", "train"),
         ("B", "wave", "B_wave", "test"), ("B", "wave", "B_wave", "test"),
     ]  # fmt: skip
     assert found.missing == []
     with pytest.raises(UserError, match="no lists of HMDB51's split 2"):
         read_official(tmp_path, split=2)
-    (tmp_path / "splits/wave_test_split1.txt").write_text("x.avi 3\n")
+    write(tmp_path, {"splits/wave_test_split1.txt": "x.avi 3\n"})
     with pytest.raises(UserError, match="is none of 0, 1, 2"):
         read_official(tmp_path)
 
 
-def test_an_official_layout_is_data_for_a_run_and_ccv_is_refused(video_folder, tmp_path):
-    root = video_folder(count=3)
+def test_an_official_layout_is_data_for_a_run(video_folder, tmp_path):
+    root, parts = video_folder(count=3), (("train", (0, 2)), ("test", (1,)))
     write(root, {"lists/classInd.txt": "1 a\r\n2 b\r\n"})
-    write(
-        root,
-        {
-            f"lists/{p}list01.txt": "".join(f"{c}/{c}{i}.mp4\r\n" for c in "ab" for i in n)
-            for p, n in (("train", (0, 2)), ("test", (1,)))
-        },
-    )
+    for part, numbers in parts:
+        lines = "".join(f"{c}/{c}{i}.mp4\r\n" for c in "ab" for i in numbers)
+        write(root, {f"lists/{part}list01.txt": lines})
     found = load_videos(root, View(size=16, frames=6), tmp_path / "cache")
     assert Counter(found.splits) == {"train": 4, "test": 2}
-    save_list(read_official(root).clips, tmp_path / "list.csv")
-    assert [(c.path.name, c.split) for c in read_clips(tmp_path / "list.csv")] == [
-        (c.path.name, c.split) for c in read_official(root).clips
-    ]
-    ccv = {
-        "categoryName.txt": "Cat\nDog",
-        "trainVidID.txt": "-a1\nb2\n",
-        "trainLabel.txt": "1 1 \n0 0 \n",
-        "testVidID.txt": "c3\n",
-    }
-    write(tmp_path / "ccv", ccv | {"testLabel.txt": "0 1 \n", "videos/-a1.mp4": ""})
-    clips = read_official(tmp_path / "ccv").clips
-    assert [(c.path.name, c.labels, c.split) for c in clips] == [
+    videos = read_official(root).videos
+    save_list(videos, tmp_path / "list.csv")
+    listed = [(v.path, v.label, v.split) for v in read_list(tmp_path / "list.csv")]
+    assert listed == [(v.path.resolve(), v.label, v.split) for v in videos]
+
+
+def test_ccv_s_layout_is_listed_and_refused_for_a_run(tmp_path):
+    write(
+        tmp_path,
+        {
+            "categoryName.txt": "Cat\nDog",
+            "trainVidID.txt": "-a1\nb2\n",
+            "trainLabel.txt": "1 1 \n0 0 \n",
+            "testVidID.txt": "c3\n",
+            "testLabel.txt": "0 1 \n",
+            "videos/-a1.mp4": "",
+        },
+    )
+    assert [(v.path.name, v.labels, v.split) for v in read_official(tmp_path).videos] == [
         ("-a1.mp4", ("Cat", "Dog"), "train"), ("b2", (), "unlabelled"), ("c3", ("Dog",), "test"),
     ]  # fmt: skip
     with pytest.raises(UserError, match="one class each"):
-        load_videos(tmp_path / "ccv", View(), tmp_path / "cache")
-    (tmp_path / "ccv" / "testLabel.txt").write_text("0 1 1\n")
+        load_videos(tmp_path, View(), tmp_path / "cache")
+    write(tmp_path, {"testLabel.txt": "0 1 1\n"})
     with pytest.raises(UserError, match="needs 1 lines of 2"):
-        read_official(tmp_path / "ccv")
+        read_official(tmp_path)
 
 
 def test_every_source_names_its_page_and_terms():
-    for source in SOURCES.values():
-        assert source.page.startswith("https://")
-        assert "cite" in source.terms
+    assert all(source.page.startswith("https://") and source.terms for source in SOURCES.values())
