@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,20 +43,8 @@ def shard_size(count: int) -> int:
     return max(SHARD, -(-count // SHARDS))
 
 
-@runtime_checkable
-class Shard(Protocol):
-    """A folder of some videos of one shape [f, h, w, 3], read frame by frame."""
-
-    @staticmethod
-    def estimate(shape: Shape) -> float:
-        """Return about how many bytes a video takes."""
-
-    @staticmethod
-    def write(folder: Path, videos: Videos, shape: Shape) -> None: ...
-
-    def __init__(self, folder: Path, shape: Shape) -> None: ...
-
-    def read(self, place: int, frames: slice) -> np.ndarray: ...
+# A kind of cache estimates the bytes of a video of a shape [f, h, w, 3], writes some videos into a
+# folder, and reads frames of one of them.
 
 
 class Memmap:
@@ -150,7 +138,7 @@ class Transcode:
         return np.stack(list(frames_of(file, index, info)))[:, : self.shape[1], : self.shape[2]]
 
 
-KINDS: dict[str, type[Shard]] = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Transcode}
+KINDS = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Transcode}
 
 
 @dataclass(frozen=True)
@@ -181,7 +169,7 @@ class Cache:
 
 
 @lru_cache(maxsize=SHARDS)
-def _shard(cache: Cache, number: int) -> Shard:
+def _shard(cache: Cache, number: int) -> Memmap | Jpeg | Transcode:
     return KINDS[cache.kind](cache.folder / f"{number:05d}", cache.shape[1:])
 
 

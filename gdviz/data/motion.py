@@ -23,6 +23,7 @@ from gdviz.config import MotionData
 from gdviz.core.files import UserError, atomic, file_sha256, fingerprint
 from gdviz.core.processes import over_processes
 from gdviz.data._encode import encode
+from gdviz.data.listing import mark_as_cache
 
 # What moves, and which way: at constant speed, or, without a way, to and fro.
 MOTIONS = {
@@ -163,6 +164,7 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: Any = 1) -> Path:
     work = partial(_write, root=home, size=cfg.size, frames=cfg.frames)
     jobs = [(row,) for row in _plan(cfg)]
     rows = over_processes(work, jobs, workers, title="drawing videos", unit="video")
+    mark_as_cache(home)
     with atomic(index) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from gdviz.core.files import UserError, atomic
-from gdviz.data.listing import SPLITS, Video, group_of
-from gdviz.data.reading import EXTENSIONS
+from gdviz.data.listing import SPLITS, Video, group_of, video_files
 
 Row = tuple[str, str, str, tuple[str, ...] | None]  # name, label, split, labels
 
@@ -131,15 +131,20 @@ def read_official(
     if split not in (1, 2, 3):
         raise UserError(f"--split {split}: choose 1, 2 or 3")
     name, folder = found
-    paths = [path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS]
-    by_stem = name == "CCV"
-    files = {path.stem if by_stem else f"{path.parent.name}/{path.name}": path for path in paths}
+    exact, stems = {}, defaultdict(list)
+    for path in video_files(root):
+        exact[f"{path.parent.name}/{path.name}"] = path
+        stems[path.stem].append(path)
     videos, missing = [], []
     for key, label, part, labels in READERS[name](folder, split):
-        path = files.get(key, root / key)
-        group = path.name if by_stem else group_of(path)
+        # Whatever the folder, and the container that it was turned into.
+        found = [exact[key]] if key in exact else stems[PurePosixPath(key).stem]
+        if len(found) > 1:
+            raise UserError(f"{key} may be {found[0]} or {found[1]}: keep one of them")
+        path = found[0] if found else root / key
+        group = path.name if labels is not None else group_of(path)
         videos.append(Video(path, label, group, part, labels))
-        if key not in files:
+        if not found:
             missing.append(videos[-1])
     classes = {label for video in videos for label in (video.labels or (video.label,))}
     return Official(name, tuple(sorted(classes - {""})), videos, missing)
@@ -147,8 +152,8 @@ def read_official(
 
 def save_list(videos: list[Video], file: Path) -> None:
     """Write a CSV for ``gdviz run --data``, of videos of one class each."""
-    rows = ((v.path.resolve(), v.label, v.group, v.split) for v in videos)
-    with atomic(file) as temporary, open(temporary, "w", newline="") as handle:
+    rows = ((os.path.realpath(v.path), v.label, v.group, v.split) for v in videos)
+    with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows([("path", "label", "group", "split"), *rows])
 
 

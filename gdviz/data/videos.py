@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -13,17 +14,19 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from gdviz.config import MotionData, View
 from gdviz.core.files import UserError, fingerprint
 from gdviz.data.cache import Cache, fill, open_cache
 from gdviz.data.clips import starts_and_strides
-from gdviz.data.listing import SPLITS, Video, check_classes, read_list, split_by_group
+from gdviz.data.listing import SPLITS, Video, mark_as_cache, read_list
 from gdviz.data.motion import make_motion
 from gdviz.data.official import read_official
+from gdviz.data.splits import split_by_group
 from gdviz.data.verified import stat, verified
 
-VERSION = 3  # raise when decoding, resizing or the caches change: older caches are then made again
+VERSION = 4  # raise when decoding, resizing or the caches change: older caches are then made again
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,12 @@ def open_videos(
     name: str,
     storage: str = "memmap",
     workers: Any = 1,
+    seed: int = 0,
 ) -> VideoSet:
     """Decode videos into a cache, or open the cache that an earlier call left.
 
     Args:
-        videos: what to read, with its split.
+        videos: what to read, with its split; without, what can be read is split by group.
         view: size and number of frames kept.
         cache: folder for decoded sets, one sub-folder per fingerprint of files (path, size, time
             of change), labels, view and code version: anything else never opens it.
@@ -149,6 +153,7 @@ def open_videos(
         storage: how decoded videos are kept: memmap, jpeg or transcode.
         workers: decoding processes, or a cluster; with two or more a reader that dies or hangs is
             survived.
+        seed: draws the split.
 
     Raises:
         UserError: some videos have several labels, too little is left to train and test on, or the
@@ -157,30 +162,62 @@ def open_videos(
     if several := next((video for video in videos if video.labels), None):
         needs = "students are trained on videos of one class each"
         raise UserError(f"--data {name}: {several.path.name} may show several classes; {needs}")
-    stats = [(str(v.path.resolve()), v.label, v.group, v.split, *stat(v.path)) for v in videos]
-    stamp = fingerprint(stats, view.size, view.frames, storage, VERSION)
+    paths = [video.path for video in videos]
+    stats = [stat(path) for path in paths]
+    gone = [i for i, (size, _) in enumerate(stats) if size < 0]
+    _parts(videos, gone, name, seed)  # refused before any work
+    about = [(os.path.realpath(v.path), v.label, v.group, v.split) for v in videos]
+    files = [(*row, *found) for row, found in zip(about, stats, strict=True)]
+    stamp = fingerprint(files, view.size, view.frames, storage, VERSION)
     shape = (len(videos), view.frames, view.size, view.size, 3)
     pixels = Cache(Path(cache) / stamp, storage, shape)
     if not (pixels.folder / "index.json").exists():
-        paths = [video.path for video in videos]
         known = verified(paths, Path(cache) / "verified.sqlite", workers=workers)
+        mark_as_cache(Path(cache))
+        refused = [i for i, verdict in enumerate(known) if isinstance(verdict, str)]
+        _parts(videos, refused, name, seed)
         fill(pixels, paths, known, workers=workers)
     metadata, skipped = open_cache(pixels)
-    keep = [i for i in range(len(videos)) if i not in skipped]
-    kept = [videos[i] for i in keep]
-    check_classes(kept, name)
-    names = tuple(sorted({video.label for video in kept if video.label}))
+    return _set_of(videos, pixels, metadata, skipped, _parts(videos, skipped, name, seed), name)
+
+
+def _parts(videos: list[Video], skipped: Collection[int], name: str, seed: int) -> list[str]:
+    """Split the videos that are not skipped; "" stands for the others."""
+    rows = [i for i in range(len(videos)) if i not in skipped]
+    parts = split_by_group([videos[i] for i in rows], name, seed=seed)
+    part_of = dict(zip(rows, parts, strict=True))
+    return [part_of.get(i, "") for i in range(len(videos))]
+
+
+def _set_of(
+    videos: list[Video],
+    pixels: Cache,
+    metadata: np.ndarray,
+    skipped: dict[int, str],
+    parts: list[str],
+    name: str,
+) -> VideoSet:
+    """Return the set of all videos that are in some part."""
+    keep = [i for i, part in enumerate(parts) if part]
+    label_of = {i: videos[i].label for i in keep if parts[i] != "unlabelled"}
+    names = tuple(sorted(set(label_of.values())))
+    listed = {video.label for video in videos if video.label and video.split != "unlabelled"}
+    if lost := sorted(listed - set(names)):
+        tqdm.write(f"{name}: no video can be read of {', '.join(lost)}")
+    mates = "has no label, and is of a recording that is tested on"
+    left_out = [(i, skipped.get(i, mates)) for i, part in enumerate(parts) if not part]
+    stamp = pixels.folder.name
     return VideoSet(
         name=name,
-        fingerprint=fingerprint(stamp, sorted(skipped)) if skipped else stamp,  # rows shift
+        fingerprint=stamp if parts == [v.split for v in videos] else fingerprint(stamp, parts),
         pixels=pixels,
         label_names=names,
-        labels=torch.tensor([names.index(v.label) if v.label else -1 for v in kept]),
-        splits=tuple(video.split for video in kept),
-        groups=tuple(video.group for video in kept),
+        labels=torch.tensor([names.index(label_of[i]) if i in label_of else -1 for i in keep]),
+        splits=tuple(parts[i] for i in keep),
+        groups=tuple(videos[i].group for i in keep),
         metadata=torch.from_numpy(metadata[keep]),
-        skipped=tuple((str(videos[i].path), reason) for i, reason in skipped.items()),
-        places=np.array(keep) if skipped else None,
+        skipped=tuple((str(videos[i].path), reason) for i, reason in left_out),
+        places=np.array(keep) if left_out else None,
     )
 
 
@@ -202,17 +239,14 @@ def load_videos(
     workers: Any = 1,
     seed: int = 0,
 ) -> VideoSet:
-    """Open a set of your own: a folder of class sub-folders, a CSV, or an official layout.
+    """Open a set of your own: a folder, a list in a file, or an official layout (data/README.md).
 
-    A CSV has columns path, label, group, split. Without given splits the set is split by group,
-    drawn by ``seed``. Of an official layout (UCF101, HMDB51) the first split is taken. With two
-    workers or more a file that kills or hangs its reader costs that file only; a script then calls
-    this under ``if __name__ == "__main__":``. Other arguments: see :func:`open_videos`.
+    Without given splits what can be read is split by group, drawn by ``seed``. Of an official
+    layout (UCF101, HMDB51) the first split is taken. With two workers or more a file that kills or
+    hangs its reader costs that file only; a script then calls this under ``if __name__ ==
+    "__main__":``. Other arguments: see :func:`open_videos`.
     """
-    if official := read_official(source):
-        videos, gone = official.videos, set(official.missing)
-        if not any(video.labels for video in videos):
-            check_classes([video for video in videos if video not in gone], str(source))
-    else:
-        videos = split_by_group(read_list(source), seed=seed)
-    return open_videos(videos, view, cache, name=str(source), storage=storage, workers=workers)
+    official = read_official(source)
+    videos = official.videos if official else read_list(source)
+    how = {"name": str(source), "storage": storage, "workers": workers, "seed": seed}
+    return open_videos(videos, view, cache, **how)

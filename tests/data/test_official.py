@@ -6,8 +6,9 @@ import pytest
 
 from gdviz.config import View
 from gdviz.core.files import UserError
-from gdviz.data.listing import read_list, split_by_group
+from gdviz.data.listing import read_list
 from gdviz.data.official import SOURCES, describe, find_lists, read_official, save_list
+from gdviz.data.splits import split_by_group
 from gdviz.data.videos import load_videos
 
 # (train, test), as the papers give them
@@ -25,7 +26,8 @@ def test_the_official_lists_have_their_sizes_and_leak_no_group(official, name, s
     assert (parts["train"], parts["test"]) == SIZES[name][split]
     assert len(found.classes) == {"ucf101": 101, "hmdb51": 51}[name]
     assert {video.label for video in found.videos} == set(found.classes)
-    assert split_by_group(found.videos) == found.videos  # raises where a group is on both sides
+    given = [video.split for video in found.videos]
+    assert split_by_group(found.videos, name) == given  # raises where a group is on both sides
     there = [video for video in found.videos if video.path.exists()]
     missing = len(found.videos) - len(found.missing)
     assert len(there) == missing == (15 if name == "ucf101" else 0)
@@ -66,6 +68,23 @@ def test_hmdb51_s_codes_and_odd_names(tmp_path):
         read_official(tmp_path, split=2)
     write(tmp_path, {"splits/wave_test_split1.txt": "x.avi 3\n"})
     with pytest.raises(UserError, match="is none of 0, 1, 2"):
+        read_official(tmp_path)
+
+
+def test_videos_turned_into_another_container_are_found(tmp_path):
+    lists = {"classInd.txt": "1 A\n2 B\n", "trainlist01.txt": "A/v_A_g08_c01.avi 1\n"}
+    write(tmp_path, lists | {"testlist01.txt": "B/v_B_g01_c01.avi\nB/v_B_g02_c01.avi\n"})
+    write(
+        tmp_path, {"videos/v_A_g08_c01.mp4": "", "B/v_B_g01_c01.avi": "", "B/._v_B_g02_c01.avi": ""}
+    )
+    found = read_official(tmp_path)
+    names = [str(video.path.relative_to(tmp_path)) for video in found.videos]
+    assert names == ["videos/v_A_g08_c01.mp4", "B/v_B_g01_c01.avi", "B/v_B_g02_c01.avi"]
+    assert [video.path.name for video in found.missing] == ["v_B_g02_c01.avi"]
+    write(tmp_path, {"B/v_B_g01_c01.mp4": ""})  # beside the one that is listed
+    assert read_official(tmp_path).videos == found.videos
+    write(tmp_path, {"more/v_A_g08_c01.mkv": ""})
+    with pytest.raises(UserError, match=r"v_A_g08_c01\.avi may be .*\.mkv or .*\.mp4"):
         read_official(tmp_path)
 
 

@@ -4,17 +4,18 @@ import csv
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gdviz.config import View
+from gdviz.config import MotionData, View
 from gdviz.core.files import UserError
 from gdviz.data import cache as caches
 from gdviz.data.clips import pick_frames
 from gdviz.data.reading import DamagedVideo, read_square
-from gdviz.data.videos import VideoSet, load_videos
+from gdviz.data.videos import VideoSet, load_motion, load_videos
 
 VIEW = View(size=16, frames=6)
 
@@ -121,14 +122,14 @@ def test_a_full_disk_while_decoding_leaves_nothing_half_written(
         patch.setattr(os if where == "fsync" else shutil, where, full)
         with pytest.raises(UserError, match=r"cannot write .*No space left"):
             load_videos(root, VIEW, cache)
-    left = [path.name for path in cache.rglob("*") if not path.is_dir() and path.suffix != ".at"]
-    assert left == ["verified.sqlite"]
+    left = {path.name for path in cache.rglob("*") if not path.is_dir() and path.suffix != ".at"}
+    assert left <= {"CACHEDIR.TAG", "verified.sqlite"}
     assert len(load_videos(root, VIEW, cache).splits) == 6
 
 
 def test_a_damaged_cache_is_named(video_folder, tmp_path):
     root, cache = video_folder(), tmp_path / "cache"
-    stamp = load_videos(root, VIEW, cache).fingerprint
+    stamp = load_videos(root, VIEW, cache).pixels.folder.name
     (cache / stamp / "metadata.npy").write_bytes(b"short")
     with pytest.raises(UserError, match=f"{stamp} is damaged"):
         load_videos(root, VIEW, cache)
@@ -137,3 +138,84 @@ def test_a_damaged_cache_is_named(video_folder, tmp_path):
         load_videos(root, VIEW, cache)
     (cache / stamp / "index.json").unlink()
     assert len(load_videos(root, VIEW, cache).splits) == 6
+
+
+# --- folders of others
+
+
+def junk(root: Path) -> None:
+    """An unreadable twin beside each video, as copying from a Mac may leave it, but not hidden."""
+    for path in sorted(root.rglob("*.mp4")):
+        path.with_name(f"copy of {path.name}").write_bytes(b"resource fork")
+
+
+def test_what_is_damaged_does_not_spoil_a_split(video_folder, tmp_path):
+    root, cache = video_folder(count=4, classes=("a", "b", "c")), tmp_path / "cache"
+    clean = load_videos(root, VIEW, cache)
+    junk(root)
+    found = load_videos(root, VIEW, cache)
+    assert (found.splits, found.groups) == (clean.splits, clean.groups)
+    assert len(found.skipped) == 12
+    assert torch.equal(everything(found), everything(clean))
+    drawn = [load_videos(root, VIEW, cache, seed=seed) for seed in range(30)]
+    assert all(again.splits.count("test") == 3 for again in drawn)
+    assert len({again.fingerprint for again in drawn}) == len({again.splits for again in drawn}) > 9
+    assert len(list(cache.glob("*/index.json"))) == 2  # a split is not part of a cache
+
+
+def test_too_much_damage_is_refused_before_anything_is_decoded(video_folder, tmp_path, capsys):
+    root, cache = video_folder(count=3, classes=("a", "b", "c")), tmp_path / "cache"
+    for path in sorted((root / "c").iterdir()):
+        path.write_bytes(b"")
+    found = load_videos(root, VIEW, cache)
+    assert found.label_names == ("a", "b")
+    assert "no video can be read of c" in capsys.readouterr().out
+    (root / "b" / "b1.mp4").write_bytes(b"")
+    before = set(cache.iterdir())
+    with pytest.raises(UserError, match="class 'b' has 2 usable clips"):
+        load_videos(root, VIEW, cache)
+    assert set(cache.iterdir()) == before
+
+
+def test_unlabelled_videos_of_recordings_that_are_tested_on_are_left_out_by_name(
+    video_folder, tmp_path
+):
+    root = video_folder(count=3)
+    rows = [f"{path},{path.parent.name},{path.stem}" for path in sorted(root.rglob("*.mp4"))]
+    copies = [shutil.copy(path, tmp_path / path.name) for path in sorted(root.rglob("*.mp4"))]
+    rows += [f"{copy},,{copy.stem}" for copy in copies]
+    (tmp_path / "list.csv").write_text("path,label,group\n" + "\n".join(rows))
+    found = load_videos(tmp_path / "list.csv", VIEW, tmp_path / "cache")
+    tested = {
+        group for group, part in zip(found.groups, found.splits, strict=True) if part == "test"
+    }
+    assert {os.path.basename(path)[:-4] for path, _ in found.skipped} == tested
+    assert found.splits.count("unlabelled") == 6 - len(tested)
+    assert all("a recording that is tested on" in reason for _, reason in found.skipped)
+
+
+@pytest.mark.parametrize("storage", ["memmap", "transcode"])
+def test_a_cache_inside_the_folder_of_videos_is_no_data(video_folder, storage):
+    root = video_folder()
+    for _ in range(2):
+        found = load_videos(root, VIEW, root / "data" / "cache", storage=storage)
+        assert found.label_names == ("a", "b") and not found.skipped
+    motion = MotionData(labelled=2, unlabelled=0, test=1, size=16, frames=6)
+    load_motion(motion, VIEW, root / "data")
+    assert load_videos(root, VIEW, root / "data" / "cache").label_names == ("a", "b")
+
+
+def test_a_list_of_files_that_are_not_there_leaves_nothing_behind(tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{i}.mp4,a\n" for i in range(9)))
+    with pytest.raises(UserError, match="none of its 9 files"):
+        load_videos(tmp_path / "list.csv", VIEW, tmp_path / "cache")
+    (tmp_path / "0.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match="1 class found"):
+        load_videos(tmp_path / "list.csv", VIEW, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(video_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot use .*verified\.sqlite: unable to open"):
+        load_videos(video_folder(), VIEW, tmp_path / "file" / "cache")

@@ -1,0 +1,132 @@
+"""Parts of a set to train and to test on, which share no recording."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from gdviz.core.files import UserError
+from gdviz.data.listing import SPLITS, Video
+
+Counts = dict[str, Counter[str]]  # videos of each class, for each group
+
+
+def split_by_group(
+    videos: list[Video], name: str, *, share: float = 0.3, seed: int = 0
+) -> list[str]:
+    """Return the part of each video: the one that is given, or drawn, class by class.
+
+    Whole groups are drawn at random until about ``share`` of each class is tested on, with at least
+    two videos to train on and one to test on. Unlabelled videos of groups that are tested on are in
+    no part: "".
+
+    Raises:
+        UserError: too few classes or videos, a labelled video without a part as others have one,
+            given parts that share a group, or no split by group.
+    """
+    check_classes(videos, name)
+    if any(video.split for video in videos):
+        _check_given(videos, name)
+        return [v.split if v.split in ("train", "test") else "unlabelled" for v in videos]
+    counts: Counts = defaultdict(Counter)
+    for video in videos:
+        if video.label:
+            counts[video.group][video.label] += 1
+    tested = _draw(counts, name, share, seed)
+    parts = {True: ("test", ""), False: ("train", "unlabelled")}
+    return [parts[video.group in tested][not video.label] for video in videos]
+
+
+def check_classes(videos: list[Video], name: str) -> None:
+    """Raise UserError unless two classes or more have enough videos to train and test on."""
+    labels = Counter(v.label for v in videos if v.label and v.split != "unlabelled")
+    if len(labels) < 2:
+        found = f"{len(labels)} class found ({', '.join(labels) or 'none'})"
+        advice = "a classifier needs two or more; if they lie in one more folder, give that"
+        raise UserError(f"--data {name}: {found}; {advice}")
+    parts = Counter((video.label, video.split) for video in videos)
+    for label, count in sorted(labels.items()):
+        given, train, test = (parts[label, split] for split in ("", "train", "test"))
+        if count < 3 or (not given and (train < 2 or test < 1)):
+            where = "" if given else f" ({train} to train on, {test} to test on)"
+            clips = f"{count} usable clip{'s' * (count > 1)}{where}"
+            needs = "each class needs two to train on, for cross-fitting, and one to test on"
+            raise UserError(f"--data {name}: class {label!r} has {clips}; {needs}")
+
+
+def _check_given(videos: list[Video], name: str) -> None:
+    some = next(video.path for video in videos if video.split)
+    tested = {video.group: video.path for video in videos if video.split == "test"}
+    for video in videos:
+        if video.label and not video.split:
+            problem = f"{video.path} has a label but no split, as {some} has"
+            raise UserError(f"--data {name}: {problem}: train and test hold whole classes, or none")
+        if not video.label and video.split in ("train", "test"):
+            raise UserError(f"--data {name}: {video.path} is to {video.split} but has no label")
+        if video.split != "test" and video.group in tested:
+            pair = f"{video.path} and {tested[video.group]}, which is tested on"
+            raise UserError(f"--data {name}: {pair}, are of one recording ({video.group!r})")
+
+
+def _draw(counts: Counts, name: str, share: float, seed: int) -> set[str]:
+    """Return groups to test on: drawn one by one, or, where that fails, around a few found."""
+    total: Counter[str] = Counter()
+    for held in counts.values():
+        total.update(held)
+    wanted = {label: max(1, round(share * count)) for label, count in total.items()}
+    order = [str(group) for group in np.random.default_rng(seed).permutation(sorted(counts))]
+    order.sort(key=lambda group: any(n > wanted[label] for label, n in counts[group].items()))
+
+    def around(needed: set[str]) -> set[str]:
+        chosen, tested = set(needed), Counter()
+        for group in needed:
+            tested.update(counts[group])
+        for group in order:
+            held = counts[group]
+            fits = all(total[label] - tested[label] - n >= 2 for label, n in held.items())
+            first = any(not tested[label] for label in held)
+            of_use = sum(n for label, n in held.items() if tested[label] < wanted[label])
+            if group not in chosen and fits and (first or 2 * of_use > held.total()):
+                chosen.add(group)
+                tested.update(held)
+        return chosen
+
+    chosen = around(set())
+    if set().union(*(counts[group] for group in chosen)) == set(total):
+        return chosen
+    return around(_search(counts, total, name))
+
+
+def _search(counts: Counts, total: Counter[str], name: str) -> set[str]:
+    """Return the fewest groups that test every class and leave it two videos to train on.
+
+    By integer programming, since whether there are any is set splitting, which is NP-hard.
+
+    Raises:
+        UserError: there are none.
+    """
+    groups, classes = list(counts), {label: row for row, label in enumerate(total)}
+    held = [(n, classes[label], j) for j, g in enumerate(groups) for label, n in counts[g].items()]
+    sizes, rows, columns = zip(*held, strict=True)
+    tested = csr_array((sizes, (rows, columns)), dtype=float)
+    found = milp(
+        np.ones(len(groups)),
+        integrality=np.ones(len(groups)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(tested, 1, np.array(list(total.values())) - 2),
+        options={"time_limit": 60},
+    )
+    if found.x is not None:
+        return {group for group, x in zip(groups, found.x, strict=True) if x > 0.5}
+    problem = "no split by group exists" if found.status == 2 else "no split by group was found"
+    problem += " that leaves every class two videos to train on and one to test on"
+    for label, count in sorted(total.items()):
+        of_class = [c[label] for c in counts.values() if c[label]]
+        if count - min(of_class) < 2:
+            problem += f": class {label!r} has {count} videos of {len(of_class)} recordings"
+            break
+    advice = f"give a list with a 'split' column ({', '.join(SPLITS)})"
+    raise UserError(f"--data {name}: {problem}; {advice}")
