@@ -410,7 +410,7 @@ def plot_tradeoff(
         ax.scatter(*point, s=40, zorder=3, **look)
     costs = {"latency_ms": "latency, ms a clip", "params": "parameters", "gflops": "GFLOPs a clip"}
     ax.set(xscale="log", xlabel=costs[x], ylabel="top-1 accuracy, %")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep="") if x == "params" else "{x:g}")
     ax.xaxis.set_minor_formatter("")
     ax.margins(0.9, 0.15)

@@ -122,8 +122,10 @@ def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path):
     config = load_json(ROOT / "data/example/config.json")
     profile = config["profile"]
     fewer = config | {"profile": profile | {"methods": ["labels"]}}
-    older = config | {"version": -1}
-    runs = {"old": config, "new": config, "unfinished": config, "fewer": fewer, "older": older}
+    teachers = profile["teachers"] | {"tasks": ["order"], "strides": [2]}
+    alone = config | {"profile": profile | {"teachers": teachers}}
+    runs = {"old": config, "new": config, "unfinished": config, "fewer": fewer, "alone": alone}
+    runs["other"] = config | {"version": -1}
     for age, (name, of) in enumerate(runs.items()):
         folder = tmp_path / "runs" / name
         save_json(folder / "config.json", of)

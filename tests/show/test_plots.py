@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -113,6 +113,21 @@ def test_width_and_colour_follow_weight_and_glued_edges_are_thin_and_dashed(grap
         dashed = patch.get_linestyle() not in ("-", "solid")
         assert dashed == gid.startswith("glued")
         assert not dashed or patch.get_linewidth() < 2
+
+
+@pytest.mark.parametrize("teachers", [1, 3, 9])
+def test_edges_of_student_and_teachers_pass_the_consensus_by(teachers):
+    ax = plots.plot_logits_graph(logits_graph(teachers))
+    ax.figure.draw_without_rendering()
+    centre = ax.transData.transform((1.3, 0))  # of the consensus
+    for gid, patch in edges(ax).items():
+        path = patch.get_transform().transform_path(patch.get_path())
+        bends = path.to_polygons(closed_only=False)[0]
+        line = np.concatenate([np.linspace(a, b, 20) for a, b in pairwise(bends)])
+        if gid == "distillation:student|consensus":
+            assert np.ptp(line[:, 1]) < 1
+        elif gid.startswith("distillation"):
+            assert np.linalg.norm(line - centre, axis=1).min() > 20, gid
 
 
 def test_panels_with_one_vmax_share_limits_and_widths(graph):

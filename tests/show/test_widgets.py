@@ -13,6 +13,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from gdviz import graphs
 from gdviz.graphs import RepresentationGraph, zero_one_cost
 from gdviz.show import plots, widgets
 from gdviz.student.weighting import entropic
@@ -160,8 +161,10 @@ def test_of_many_classes_the_plan_shows_the_heaviest():
     shown = [t.get_text() for t in bars.get_yticklabels()]
     assert shown == [t.get_text() for t in heat.get_yticklabels()] == sorted(shown, key=names.index)
     assert len(shown) == plots.NAMED
-    mass = many["probs"][0, :2].sum(0)
-    assert names[int(mass.argmax())] in shown
+    assert names[int(many["probs"][0, :2].sum(0).argmax())] in shown
+    at = [names.index(name) for name in shown]
+    plan = graphs.sinkhorn(*many["probs"][0, :2], many["cost"], eps=0.1).plan()
+    np.testing.assert_allclose(heat.images[0].get_array(), plan[at][:, at], atol=1e-6)
 
 
 def test_edges_agree_with_the_default_policy_and_span_the_effective_number(made):
