@@ -54,8 +54,7 @@ def _pack_teachers(run: Run, out: Run, videos: VideoSet, rows: Tensor, seed: int
 
 def _pack_students(run: Run, out: Run, rows: Tensor, seed: int) -> None:
     """Write what students say; features of the first and the headline's alone."""
-    results = run.results()
-    headline = results[results["headline"].eq(True)]["name"].unique()
+    headline = set(run.results().query("headline")["name"])
     for name in run.profile.methods:
         source, target = run.student_folder(seed, name), out.student_folder(seed, name)
         tensors = load_tensors(source / "outputs.safetensors")

@@ -29,8 +29,8 @@ class _Drawn(Cache):
     """A cache whose videos are drawn, compressed and read as the run's were, by need."""
 
     profile: Profile
-    motions: list[str]
-    seeds: list[int]
+    motions: tuple[str, ...]
+    seeds: tuple[int, ...]
     done: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
@@ -52,13 +52,12 @@ class Bundled(Run):
     def videos(self, workers: Workers = 1) -> VideoSet:
         """Open the run's videos; nothing is drawn yet."""
         index: dict[str, Any] = load_json(self.folder / "index.json")
+        index = {k: tuple(v) if isinstance(v, list) else v for k, v in index.items()}
         labels, view = torch.tensor(index.pop("labels")), self.profile.view
         shape = (len(labels), view.frames, view.size, view.size, 3)
         drawn = self.profile, index.pop("motions"), index.pop("seeds")
-        pixels = _Drawn(self.folder, "drawn", shape, *drawn)
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in index.items()}
-        metadata = torch.zeros(len(labels), 5)
-        return VideoSet(pixels=pixels, labels=labels, metadata=metadata, **fields)
+        pixels, metadata = _Drawn(self.folder, "drawn", shape, *drawn), torch.zeros(len(labels), 5)
+        return VideoSet(pixels=pixels, labels=labels, metadata=metadata, **index)
 
 
 def open_bundled(folder: Path) -> Bundled:

@@ -56,8 +56,8 @@ def open_finished(run: Run) -> Finished:
         UserError: something is missing or damaged.
     """
     seed, videos, results = run.profile.seeds[0], run.videos(), run.results()
-    students = results[results["kind"] == "student"]
-    ours = students[students["headline"].eq(True)]
+    students = results.query("kind == 'student'")
+    ours = students.query("headline")
     student = (ours if len(ours) else students).iloc[-1]
     folder, graphs = run.student_folder(seed, student["name"]), run.graphs(seed)
     file, prefix = folder / "method.safetensors", "graph."
@@ -79,7 +79,7 @@ def _matched(look: Finished) -> nx.Graph:
 
 
 def _logits_graph(look: Finished) -> Figure:
-    return plots.plot_logits_graph(_matched(look)).figure
+    return plots.figure_of(plots.plot_logits_graph(_matched(look)))
 
 
 def _plan(look: Finished) -> Figure | None:
@@ -89,7 +89,7 @@ def _plan(look: Finished) -> Figure | None:
     graph = _matched(look)
     heaviest = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])
     edge, labels = graph[heaviest[0]][heaviest[1]], look.videos.label_names
-    return plots.plot_plan(edge["plan"], labels, edge["rows"], edge["columns"]).figure
+    return plots.figure_of(plots.plot_plan(edge["plan"], labels, edge["rows"], edge["columns"]))
 
 
 @torch.no_grad()
@@ -99,7 +99,8 @@ def _representation_graph(look: Finished) -> Figure | None:
     graph, edges, test = look.graphs.representation, look.graphs.edges, look.test
     features = look.outputs["features"][test], look.bank.features_at(test)
     distances = graph.distances(*features, edges.consensus[-1][test])
-    return plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances)).figure
+    drawn = graph.to_networkx(edges.pairs[-1], distances)
+    return plots.figure_of(plots.plot_representation_graph(drawn))
 
 
 def _edge_weights(look: Finished) -> Figure:
@@ -136,15 +137,15 @@ def _embeddings(look: Finished) -> Figure | None:
 
 
 def _accuracy(look: Finished) -> Figure:
-    return plots.plot_accuracy(look.results, chance=look.summary["baselines"]["chance"]).figure
+    chance = look.summary["baselines"]["chance"]
+    return plots.figure_of(plots.plot_accuracy(look.results, chance=chance))
 
 
 def _tradeoff(look: Finished) -> Figure:
     """The teachers, the first method's student (by default of the labels) and the headline's."""
-    names, is_student = look.results["name"], look.results["kind"] == "student"
-    shown = look.results[
-        ~is_student | names.isin([names[is_student].iloc[0], look.student["name"]])
-    ]
+    results, students = look.results, look.results.query("kind == 'student'")
+    compared = results["name"].isin([students["name"].iloc[0], look.student["name"]])
+    shown = results[compared | (results["kind"] == "teacher")]
     costs = [look.summary["teacher"].get(name, look.summary["student"]) for name in shown["name"]]
     shown = shown.join(pd.DataFrame(costs, index=shown.index))
     figure, axes = plt.subplots(2, figsize=(5.6, 5.2))

@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import matplotlib as mpl
 import networkx as nx
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -37,12 +38,12 @@ INK, FAINT = "#222222", "#6e6e6e"
 # cividis from a visible yellow to dark blue: on white the heavier edge must be the darker one
 _WEIGHTS = mpl.colormaps["cividis_r"](np.linspace(0.12, 1, 128))
 WEIGHTS = LinearSegmentedColormap.from_list("weights", _WEIGHTS)
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "image.cmap": "cividis",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -55,7 +56,7 @@ style = partial(mpl.rc_context, STYLE)  # for a ``with`` block, or a decorator
 NUMBERED = 5  # teachers of a graph whose edges have room for numbers
 NAMED = 12  # lines or classes of which each has room for its name
 _SHAPES = {"teacher": "o", "consensus": "D", "student": "s"}
-_CENTRED = {"ha": "center", "va": "center"}
+_CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 _ON_WHITE = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.92}
 
 
@@ -85,6 +86,11 @@ def _axes(ax: Place, width: float = 5.6, height: float = 3.6) -> Axes:
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that holds a plot."""
+    return cast(Figure, ax.figure)
+
+
 def _apart(places: np.ndarray, gap: float) -> np.ndarray:
     """Move numbers as little as needed (least squares) for each two to be ``gap`` apart."""
     order, steps = np.argsort(places, kind="stable"), gap * np.arange(len(places))
@@ -95,11 +101,12 @@ def _apart(places: np.ndarray, gap: float) -> np.ndarray:
 
 def _name(ax: Axes, names: Names, points: np.ndarray, colours: Names, side: int = 1) -> None:
     """Name points right (``side`` 1) or left (-1) of them and apart, each joined by a line."""
-    ax.figure.draw_without_rendering()  # lays out: how high is the plot?
-    inches = ax.get_window_extent().height / ax.figure.dpi
+    figure_of(ax).draw_without_rendering()  # lays out: how high is the plot?
+    inches = ax.get_window_extent().height / figure_of(ax).dpi
     heights = points[:, 1] * 72 * inches / np.ptp(ax.get_ylim())
     ups = _apart(heights, 12) - heights
-    look = {"textcoords": "offset points", "ha": "left" if side > 0 else "right", "va": "center"}
+    look: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+    look["ha"] = "left" if side > 0 else "right"
     lead = {"arrowstyle": "-", "lw": 0.8, "shrinkA": 1, "relpos": (0 if side > 0 else 1, 0.5)}
     for name, point, up, colour in zip(names, points, ups, colours, strict=True):
         ax.annotate(name, point, (18 * side, up), arrowprops=lead | {"color": colour}, **look)
@@ -128,7 +135,7 @@ def _vertex(ax: Axes, place: Any, kind: str) -> None:
 
 def _finish_graph(ax: Axes, norm: Normalize, heaviest: float, note: str) -> None:
     """Add a note below and the colour bar, pointed if a weight lies beyond it."""
-    over = "max" if heaviest > norm.vmax * (1 + 1e-6) else "neither"
+    over = "max" if heaviest > (norm.vmax or 0) * (1 + 1e-6) else "neither"
     bar = ScalarMappable(norm, WEIGHTS)
     ax.figure.colorbar(bar, ax=ax, extend=over, shrink=0.8, pad=0.02, label="edge weight")
     ax.text(0.5, -0.02, note, transform=ax.transAxes, ha="center", va="top")
@@ -160,12 +167,12 @@ def plot_logits_graph(graph: nx.Graph, ax: Place = None, *, vmax: float | None =
         if kind != "glued" or glued:
             share = float(norm(edge["weight"]))
             _edge(ax, at[a], at[b], share, f"{kind}:{a}|{b}", bend, dashed=kind == "glued")
-    for node, kind in graph.nodes(data="kind"):
-        _vertex(ax, at[node], kind)
+    for node in graph:
+        _vertex(ax, at[node], graph.nodes[node]["kind"])
     left = -0.45 if glued else -0.15
     for name, weight in weights.items():
         ax.text(left, at[name][1], f"{name}  {weight:.2f}", ha="right", va="center")
-    offset = {"textcoords": "offset points", "va": "center"}
+    offset: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
     ax.annotate("consensus", at["consensus"], (6, -12), **offset)
     if "student" in graph:
         ax.annotate("student", at["student"], (12, 0), **offset)
@@ -192,22 +199,23 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
     ax = _axes(ax, 6.0, 4.0)
     turn = np.pi / 2 + np.pi * (1 - 2 * np.arange(len(names))) / len(names)
     at = dict(zip(names, np.stack([np.cos(turn), np.sin(turn)], 1), strict=True))
-    norm = Normalize(0, max(edge["weight"] for edge in pairs.values()))
+    heaviest = max(edge["weight"] for edge in pairs.values())
+    norm = Normalize(0, heaviest)
     for (a, b), edge in pairs.items():
         if a != b:  # a single teacher's vertex is its ensemble with itself
             _edge(ax, at[a], at[b], float(norm(edge["weight"])), f"pair:{a}|{b}")
         # the diagonals of a square meet in the middle
         reach = 0.32 if len(names) == 4 and np.allclose(at[a], -at[b]) else 0.5
-        place = at[a] + reach * (at[b] - at[a]) + (0, 0.3 * (a == b))
+        x, y = at[a] + reach * (at[b] - at[a]) + (0, 0.3 * (a == b))
         text = f"{edge['weight']:.2f}\n{edge['distance']:.3f}"
-        ax.text(*place, text, bbox=_ON_WHITE, zorder=4, **_CENTRED)
+        ax.text(x, y, text, bbox=_ON_WHITE, zorder=4, **_CENTRED)
     for name, (x, y) in at.items():
         _vertex(ax, (x, y), "teacher")
         ha = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
         ax.annotate(name, (x, y), (12 * x, 14 * y), textcoords="offset points", ha=ha, va="center")
     room = 1.2 + 0.065 * max(map(len, names))  # for names
     ax.set(xlim=(-room, room), ylim=(-1.4, 1.2))
-    _finish_graph(ax, norm, norm.vmax, f"on an edge: learned weight, {distance} to the student")
+    _finish_graph(ax, norm, heaviest, f"on an edge: learned weight, {distance} to the student")
     return ax
 
 
@@ -236,10 +244,12 @@ def _heat(
             light = image.to_rgba(value)[1] > 0.45  # green: most of what the eye calls light
             look = {"color": INK if light else "white", "fontsize": 6, **_CENTRED}
             ax.text(column, row, _number(value, digits), **look)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
-    ticks = range(0, len(labels), step), list(labels)[::step]
-    ax.set_yticks(*ticks, fontsize=8 if few else 6)
-    ax.set_xticks(*ticks, fontsize=8 if few else 6, **turned)
+    turned: dict[str, Any] = {"rotation": 90}
+    if few:
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    at, named, size = range(0, len(labels), step), list(labels)[::step], 8 if few else 6
+    ax.set_yticks(at, named, fontsize=size)
+    ax.set_xticks(at, named, fontsize=size, **turned)
     ax.set(ylabel=about[0], xlabel=about[1])
     return ax
 
@@ -272,7 +282,7 @@ def _lines(
     """Draw one line a name, thin unless it ends among the ``NAMED`` highest; name those."""
     last = [np.flatnonzero(np.isfinite(y))[-1] for y in series]
     ends = np.array([(x[at], y[at]) for y, at in zip(series, last, strict=True)])
-    named = sorted(np.argsort(-ends[:, 1], kind="stable")[:NAMED])
+    named = sorted(np.argsort(-ends[:, 1], kind="stable")[:NAMED].tolist())
     every = max(1, len(x) // 8)
     for k, y in enumerate(series):
         look: dict[str, Any] = {"color": FAINT, "lw": 0.5, "zorder": 1}
@@ -280,7 +290,7 @@ def _lines(
             look = {"color": PALETTE[k % 6], "ls": LINES[k // 6 % 4], "marker": MARKERS[k % 11]}
         ax.plot(x, y, ms=4, markevery=(k % every, every), **look)
     ax.set(xlabel="epoch", ylim=(low, None))
-    _name(ax, [names[k] for k in named], ends[named], [PALETTE[k % 6] for k in named])
+    _name(ax, [str(names[k]) for k in named], ends[named], [PALETTE[k % 6] for k in named])
     return ax
 
 
@@ -303,8 +313,8 @@ def plot_edges_over_training(history: Any, names: Names, ax: Place = None) -> Ax
 def plot_history(history: Sequence[Mapping[str, float]], keys: Names, ax: Place = None) -> Axes:
     """Draw the numbers ``keys`` of rows as trainings return them; missing ones leave a gap."""
     rows = pd.DataFrame(list(history))
-    x = rows.get("epoch", rows.index).to_numpy()
-    return _lines(x, rows[list(keys)].to_numpy(float).T, keys, _axes(ax))
+    rows = rows if "epoch" in rows else rows.assign(epoch=rows.index)
+    return _lines(rows["epoch"].to_numpy(), rows[list(keys)].to_numpy(float).T, keys, _axes(ax))
 
 
 @style()
@@ -326,11 +336,11 @@ def plot_embedding(points: Any, labels: Any, names: Names, ax: Place = None) -> 
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 13)
         return ax
     ax.margins(0.15)
-    ax.figure.draw_without_rendering()  # lays out: how large is the plot?
+    figure_of(ax).draw_without_rendering()  # lays out: how large is the plot?
     taken: list[Any] = []
     for k in pd.Series(labels[labels >= 0]).value_counts().index:
-        at = np.median(points[labels == k], axis=0)
-        text = ax.text(*at, names[k], fontsize=6, bbox=_ON_WHITE, **_CENTRED)
+        x, y = np.median(points[labels == k], axis=0)
+        text = ax.text(x, y, names[k], fontsize=6, bbox=_ON_WHITE, **_CENTRED)
         if text.get_window_extent().count_overlaps(taken):
             text.remove()
         else:
@@ -388,7 +398,7 @@ def _models(results: pd.DataFrame) -> list[pd.DataFrame]:
     return [rows for _, rows in results.groupby(["kind", "name"], sort=False)]
 
 
-def _full_name(model: pd.Series) -> str:
+def _full_name(model: Any) -> str:
     return f"teacher: {model['label']}" if model["kind"] == "teacher" else model["label"]
 
 

@@ -45,7 +45,7 @@ class Explorer:
         controls: one ipywidget for each argument of ``show``; its description is its label.
     """
 
-    def __init__(self, **controls: ipw.ValueWidget) -> None:
+    def __init__(self, **controls: Any) -> None:
         self.controls = controls
         self.readout = ipw.HTML()
         self.picture = ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
@@ -88,7 +88,7 @@ class Explorer:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Return the live widget, and the picture for where no kernel runs."""
         still = base64.b64encode(self.picture.value).decode()
-        return self.widget._repr_mimebundle_() | {"image/png": still}
+        return (self.widget._repr_mimebundle_() or {}) | {"image/png": still}
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
@@ -125,20 +125,20 @@ class PlanExplorer(Explorer):
         self, clip: int, first: str, second: str, eps: float, temperature: float = 1.0
     ) -> Shown:
         p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(-1)
-        pair = p[[self.names.index(first), self.names.index(second)]]
+        a, b = p[self.names.index(first)], p[self.names.index(second)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", graphs.ConvergenceWarning)  # the read-out tells
-            solved = graphs.sinkhorn(*pair, self.cost, eps=eps)
+            solved = graphs.sinkhorn(a, b, self.cost, eps=eps)
             consensus = graphs.barycenter(p, torch.ones_like(p[:, 0]), self.cost, eps=eps, tol=1e-4)
-        plan, drawn = solved.plan(), torch.cat([pair, consensus.distribution[None]])
+        plan, drawn = solved.plan(), torch.stack([a, b, consensus.distribution])
         heaviest = drawn.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
-        labels = [self.class_names[c] for c in heaviest]
+        labels = [str(self.class_names[c]) for c in heaviest.tolist()]
         figure, (bars, heat) = _figure(9, 3.8, 2)
         at = np.arange(len(labels))
         looks = zip((first, second, "consensus of all"), ("", "////", "...."), drawn, strict=True)
         for k, (name, hatch, q) in enumerate(looks):
-            look = {"color": plots.PALETTE[k], "ec": "white", "hatch": hatch, "label": name}
-            bars.barh(at + (k - 1) * 0.27, q[heaviest].numpy(), 0.27, **look)
+            look: dict[str, Any] = {"color": plots.PALETTE[k], "ec": "white", "hatch": hatch}
+            bars.barh(at + (k - 1) * 0.27, q[heaviest].numpy(), 0.27, label=name, **look)
         bars.set(yticks=at, yticklabels=labels, xlabel="probability", xlim=(0, 1))
         bars.set_ylim(len(at) - 0.4, -0.6)
         bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
@@ -217,13 +217,14 @@ class BandwidthExplorer(Explorer):
         The slope is the length of the gradient in the student's features.
         """
         h = self.student.clone().requires_grad_()
-        x, s = ([v[k] for k in pair] for v in (self.teachers, self.graph.student_vectors(h)))
-        grams = [
-            kernels.gram(a[0], b[0]) * kernels.gram(a[1], b[1]) for a, b in ((x, x), (s, s), (x, s))
-        ]
-        k = torch.stack(kernels.gaussian_kernels(*grams, multiple))
+        x, s, (i, j) = self.teachers, self.graph.student_vectors(h), pair
+
+        def gram(a: Features, b: Features) -> Tensor:
+            return kernels.gram(a[i], b[i]) * kernels.gram(a[j], b[j])
+
+        k = torch.stack(kernels.gaussian_kernels(gram(x, x), gram(s, s), gram(x, s), multiple))
         o = kernels.label_pair_weights(self.labels, self.graph.mu, len(h), k)
-        value = kernels.mmd2(*k, pair_weights=o, paired=self.graph.paired)
+        value = kernels.mmd2(k[0], k[1], k[2], pair_weights=o, paired=self.graph.paired)
         (gradient,) = torch.autograd.grad(value, h)
         return k.detach(), value.item(), gradient.norm().item()
 
