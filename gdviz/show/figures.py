@@ -114,7 +114,7 @@ def _edge_weights(look: Finished) -> Figure:
     ):
         plots.plot_edges_over_training(mean, names, ax)
         effective = float(effective_number(last).mean())
-        ax.set_title(f"effective number of {what}: {effective:.1f} of {len(names)}", pad=16)
+        ax.set_title(f"effective number of {what}: {effective:.1f} of {len(names)}", loc="left")
     return figure
 
 

@@ -114,7 +114,7 @@ def _name(ax: Axes, names: Names, points: np.ndarray, colours: Names, side: int 
 
 def _number(value: float, digits: int = 2) -> str:
     """Return a number as cells hold it, without a zero before the point."""
-    return f"{value:.{digits}f}".replace("0.", ".", 1)
+    return f"{value:.{digits}f}".removeprefix("0")
 
 
 def _edge(
@@ -276,9 +276,7 @@ def plot_confusion(counts: Any, labels: Names, ax: Place = None) -> Axes:
     return _heat(shares, labels, about, ax)
 
 
-def _lines(
-    x: np.ndarray, series: np.ndarray, names: Names, ax: Axes, low: float | None = None
-) -> Axes:
+def _lines(x: np.ndarray, series: np.ndarray, names: Names, ax: Axes, shares: bool = False) -> Axes:
     """Draw one line a name, thin unless it ends among the ``NAMED`` highest; name those."""
     last = [np.flatnonzero(np.isfinite(y))[-1] for y in series]
     ends = np.array([(x[at], y[at]) for y, at in zip(series, last, strict=True)])
@@ -289,7 +287,9 @@ def _lines(
         if k in named:
             look = {"color": PALETTE[k % 6], "ls": LINES[k // 6 % 4], "marker": MARKERS[k % 11]}
         ax.plot(x, y, ms=4, markevery=(k % every, every), **look)
-    ax.set(xlabel="epoch", ylim=(low, None))
+    ax.set(xlabel="epoch")
+    if shares:
+        ax.set_ylim(0, 1.06 * series.max())
     _name(ax, [str(names[k]) for k in named], ends[named], [PALETTE[k % 6] for k in named])
     return ax
 
@@ -301,10 +301,9 @@ def plot_edges_over_training(history: Any, names: Names, ax: Place = None) -> Ax
     Of more than ``NAMED`` edges those that end heaviest are named; the others are thin.
     """
     history, uniform = _array(history), 1 / len(names)
-    ax = _lines(np.arange(len(history)), history.T, names, _axes(ax), low=0)
-    dots = ax.axhline(uniform, color=FAINT, ls=":", lw=1.2, label=f"uniform, {uniform:.2g}")
-    ax.legend(handles=[dots], loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
-    ax.set(xlabel="moment of the training", ylabel="edge weight")
+    ax = _lines(np.arange(len(history)), history.T, names, _axes(ax), shares=True)
+    ax.axhline(uniform, color=FAINT, ls=":", lw=1.2)
+    ax.set(xlabel="moment of the training", ylabel=f"edge weight (dotted: uniform, {uniform:.2g})")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     return ax
 

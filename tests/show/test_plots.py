@@ -200,8 +200,8 @@ def test_confusion_is_in_shares_of_the_true_class_and_costs_have_one_digit():
     assert {t.get_text() for t in ax.texts} == {".75", ".25"}
     dark, light = (t.get_color() for t in ax.texts)
     assert (dark, light) == (plots.INK, "white")  # each against its own ground
-    cost = plots.plot_cost(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), CLASSES[:2])
-    assert {t.get_text() for t in cost.texts} == {"1.0"}
+    cost = plots.plot_cost(torch.tensor([[0.0, 10.04], [0.96, 0.0]]), CLASSES[:2])
+    assert {t.get_text() for t in cost.texts} == {"10.0", "1.0"}
 
 
 # lines and dots
@@ -220,6 +220,7 @@ def test_ends_of_lines_are_named_apart_the_heaviest_first(count):
     lines = ax.lines[:count][-len(named) :]
     assert len({(n.get_color(), n.get_linestyle(), n.get_marker()) for n in lines}) == len(named)
     assert ax.lines[-1].get_ydata()[0] == pytest.approx(1 / count)
+    assert ax.get_ylim() == (0, pytest.approx(1.06 * weights.max()))
 
 
 def test_history_leaves_gaps_for_missing_numbers():
