@@ -16,7 +16,6 @@ import matplotlib as mpl
 import networkx as nx
 import numpy as np
 import pandas as pd
-from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -43,7 +42,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.prop_cycle": mpl.cycler(color=PALETTE),
     "image.cmap": "cividis",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
