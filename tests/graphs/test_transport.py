@@ -4,7 +4,7 @@ import numpy as np
 import ot
 import pytest
 import torch
-from graph_cases import euclidean_cost, line_cost, simplex
+from graph_cases import euclidean_cost, line_cost, normal, simplex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -13,7 +13,8 @@ from gdviz.graphs import _operators
 from gdviz.graphs.transport import Barycenter, ConvergenceWarning, barycenter, sinkhorn
 from gdviz.graphs.transport import sinkhorn_divergence as divergence
 
-DIFFERENCES = {"eps": 1e-5, "atol": 1e-6, "rtol": 1e-5}
+# A longer step errs by its square where a class has next to no mass.
+DIFFERENCES = {"eps": 2e-6, "atol": 1e-6, "rtol": 1e-5}
 
 
 @pytest.mark.parametrize("classes", [2, 7, 20, 101])
@@ -67,7 +68,7 @@ def test_batch_equals_loop():
 @pytest.mark.parametrize("eps", [0.5, 0.02])
 def test_gradients_by_finite_differences(eps):
     cost, options = euclidean_cost(5), {"eps": eps, "tol": 1e-13}
-    z = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    z = normal(3, 5, seed=1).requires_grad_()
     p = simplex(3, 5, seed=2).requires_grad_()
     for value in (lambda *x: sinkhorn(*x, cost, **options).cost, lambda *x: divergence(*x, cost)):
         assert gradcheck(lambda p, z: value(p, z.softmax(-1)), (p, z), **DIFFERENCES)  # noqa: B023
