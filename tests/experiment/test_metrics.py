@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import memory_set
 from sklearn.model_selection import GridSearchCV
 
 from gdviz.experiment import metrics
@@ -84,3 +86,12 @@ def test_baselines_hold_a_few_videos_at_a_time(finished, monkeypatch):
     assert max(sizes) == 7
     monkeypatch.setattr(metrics, "AT_ONCE", 10_000)
     assert shortcut_baselines(videos) == few
+
+
+def test_the_single_frame_that_is_judged_is_the_middle_one():
+    """Nothing but the fifth of eight frames tells the class."""
+    rng, labels = np.random.default_rng(0), [i % 2 for i in range(60)]
+    pixels = rng.integers(256, size=(60, 8, 12, 12, 3), dtype=np.uint8)
+    pixels[1::2, 4, :6] = 255
+    videos = memory_set(pixels, labels, ["train"] * 30 + ["test"] * 30)
+    assert shortcut_baselines(videos)["single-frame"] > 0.9

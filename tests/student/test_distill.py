@@ -9,9 +9,10 @@ from torch import Generator
 from gdviz.core.files import load_tensors
 from gdviz.data.clips import clip_places
 from gdviz.data.videos import VideoSet
-from gdviz.student.distill import Lesson, distill
+from gdviz.student.distill import Lesson, Student, distill, student_step
 from gdviz.student.edges import Graphs, build_graphs, learn_edges
-from gdviz.student.methods import METHODS, Setting
+from gdviz.student.family import build_student
+from gdviz.student.methods import METHODS, Method, Setting, ThroughBothGraphs
 from gdviz.teachers.bank import gather
 from gdviz.teachers.fit import fit_teacher, pretrain
 
@@ -82,3 +83,45 @@ def test_hidden_labels_change_nothing(finished):
     file = finished.student_folder(0, "both-graphs") / "student.safetensors"
     for key, value in load_tensors(file).items():
         assert torch.equal(value, student.classifier.state_dict()[key]), key
+
+
+def test_a_student_hears_the_edges_of_the_moment(finished, monkeypatch):
+    heard, real = [], ThroughBothGraphs.losses
+
+    def spy(self, batch, bank, edges, moment):
+        heard.append(moment)
+        return real(self, batch, bank, edges, moment)
+
+    monkeypatch.setattr(ThroughBothGraphs, "losses", spy)
+    lesson = lesson_of(finished)
+    moments = len(lesson.graphs.edges.teachers)
+    cfg = replace(lesson.cfg, schedule=replace(lesson.cfg.schedule, epochs=2 * moments))
+    args = lesson.bank, lesson.graphs, lesson.videos, lesson.view, cfg
+    distill("both-graphs", *args, seed=0)
+    steps = len(heard) // (2 * moments)
+    assert heard == [epoch // 2 for epoch in range(2 * moments) for _ in range(steps)]
+
+
+class Fixed(Method):
+    """Two losses that pull a student's features, one of which comes in slowly."""
+
+    terms, ramped = ("at_once", "slowly"), ("slowly",)
+
+    def losses(self, batch, bank, edges, moment):
+        return {"at_once": 3 * batch.features.sum(), "slowly": batch.features.square().sum()}
+
+
+def test_losses_are_balanced_once_and_ramped_in(finished):
+    lesson = lesson_of(finished)
+    schedule = replace(lesson.cfg.schedule, epochs=10)
+    lesson = replace(lesson, cfg=replace(lesson.cfg, schedule=schedule))
+    setting = Setting(lesson.bank, lesson.graphs, lesson.cfg, lesson.videos.training_rows, 16)
+    torch.manual_seed(0)
+    student = Student(build_student("tiny4", 12), Fixed(setting))
+    rows, norms = torch.arange(8), []
+    for epoch, ramp in ((0, 0.5), (1, 1.0), (9, 1.0)):
+        loss, terms = student_step(student, lesson, rows, Generator().manual_seed(epoch), epoch)
+        once, slowly = (student.balance.factor(n) * terms[n] for n in ("at_once", "slowly"))
+        torch.testing.assert_close(loss, terms["ce"] + once + ramp * slowly)
+        norms.append(student.balance.norm_ce.clone())
+    assert norms[0] > 0 and norms[0] == norms[1] == norms[2]  # measured in the first epoch only

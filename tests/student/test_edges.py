@@ -1,5 +1,7 @@
 """Both graphs of a run are saved whole, and edges are learned from the teachers alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import memory_set
@@ -73,6 +75,21 @@ def test_good_teachers_get_the_weight_on_clips_without_labels():
     assert (weights[:, 0] > weights[:, 1]).all() and (weights[:, 1] > weights[:, 2]).all()
     assert weights[-1, 0] > 0.5
     assert weights.sum(1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_pairs_are_weighed_by_what_their_features_tell_out_of_fold():
+    """Teachers 0 and 1 know the class out of fold; 2 only in features that have seen the labels."""
+    bank, truth = draw_bank(2.0, 2.0, 2.0)
+    known, rng = torch.eye(CLASSES)[truth], Generator().manual_seed(1)
+    noise = [torch.randn(COUNT, CLASSES, generator=rng) for _ in range(3)]
+    held = [known + 0.3 * noise[0], known + 0.3 * noise[1], noise[2]]
+    readouts = tuple(
+        Readout.from_means(bank.logits[:, k], known, bank.fold, held[k]) for k in range(3)
+    )
+    bank = replace(bank, readouts=readouts)
+    pairs = graphs_of(bank).edges.pairs[-1]
+    assert graphs_of(bank).representation.names[0] == "t0+t1"
+    assert pairs[0] > 2 * pairs[1:].max()
 
 
 def test_edges_do_not_see_labels_outside_the_labelled_part():

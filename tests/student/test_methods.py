@@ -11,8 +11,9 @@ from torch import Generator
 
 from gdviz.core.files import UserError
 from gdviz.student.distill import Balance, distill
-from gdviz.student.losses import kd_loss
+from gdviz.student.losses import decoupled_kd_loss, kd_loss
 from gdviz.student.methods import METHODS, Batch, Method, Setting, find_method
+from gdviz.teachers.bank import Bank
 
 NAMES = ("order", "prediction")
 
@@ -101,6 +102,36 @@ def test_both_graphs_are_the_sum_of_each(setting, batch):
     expected = losses(first, setting, batch) | losses(second, setting, batch)
     found = losses(both, setting, batch)
     assert all(torch.equal(found[k], expected[k]) for k in expected) and len(found) == 2
+
+
+def test_negatives_are_never_the_clip_itself(setting, batch, monkeypatch):
+    few = replace(setting, rows=torch.arange(8))  # the clip itself would come up often
+    method, asked, real = find_method("crd", NAMES)(few), [], Bank.features_at
+
+    def spy(self, rows, clips=None, *, held=False):
+        asked.append(rows)
+        return real(self, rows, clips, held=held)
+
+    monkeypatch.setattr(Bank, "features_at", spy)
+    losses(method, few, batch)
+    negatives = asked[-1].view(8, 7)
+    assert (negatives != batch.rows[:, None]).all() and set(negatives.flatten().tolist()) <= {
+        *range(8)
+    }
+
+
+def test_dkd_takes_the_label_where_one_is_known(setting, batch):
+    best = setting.bank.best_teacher()
+    teacher = setting.bank.logits[batch.rows, best]
+    wrong = (teacher.argmax(1) + 1) % 12
+    labels = setting.bank.labels.clone()
+    labels[:4], labels[4:8] = wrong[:4], -1
+    told = replace(setting, bank=replace(setting.bank, labels=labels))
+    method = find_method("dkd", NAMES)(setting)
+    used = torch.where(labels[:8] >= 0, labels[:8], teacher.argmax(1))
+    temperature = TINY.distillation.temperature
+    expected = decoupled_kd_loss(batch.logits, teacher, used, temperature)
+    torch.testing.assert_close(losses(method, told, batch)["dkd"], expected)
 
 
 def test_unknown_methods_and_things_that_are_none():
