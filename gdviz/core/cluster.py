@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gdviz.core.files import UserError
-from gdviz.core.processes import Job, Work, WorkerDied, in_children
+from gdviz.core.processes import Job, Results, Work, WorkerDied, in_children
 
 
 def _in_a_child(work: Work, jobs: Sequence[Job], timeout: float | None) -> list[tuple[int, Any]]:
@@ -25,30 +25,27 @@ class Cluster:
 
     address: str
 
-    def run(
-        self, work: Work, jobs: Sequence[Job], timeout: float | None
-    ) -> Iterator[tuple[int, Any]]:
+    def run(self, work: Work, jobs: Sequence[Job], timeout: float | None) -> Results:
         """Yield number and result of each job as its chunk ends.
 
-        Raises:
-            UserError: Dask is not installed, or no scheduler answers.
-            WorkerDied: a worker was killed.
+        Raises UserError if Dask is not installed or no scheduler answers, WorkerDied if a worker
+        was killed.
         """
         try:
             from dask.distributed import Client, KilledWorker, as_completed
+
+            client: Any = Client(self.address, timeout=30)
         except ImportError:
             needs = "needs Dask; pip install 'gdviz[cluster]'"
             raise UserError(f"--cluster {self.address}: {needs}") from None
-        try:
-            client = Client(self.address, timeout=30)
         except (OSError, ValueError) as error:
             raise UserError(f"--cluster {self.address}: no scheduler answers ({error})") from None
         with client:
             size = 1 + len(jobs) // (8 * max(1, sum(client.nthreads().values())))
-            begins = {}
-            for i in range(0, len(jobs), size):
-                part = jobs[i : i + size]
-                begins[client.submit(_in_a_child, work, part, timeout, pure=False)] = i
+            begins = {
+                client.submit(_in_a_child, work, jobs[i : i + size], timeout, pure=False): i
+                for i in range(0, len(jobs), size)
+            }
             try:
                 for chunk in as_completed(begins):
                     for number, result in chunk.result():

@@ -73,10 +73,9 @@ def synchronise(module: nn.Module) -> None:
 
 
 def deal(rows: Tensor) -> Tensor:
-    """Return this rank's part of a batch.
+    """Return this rank's part of a batch; raise UserError if parts would differ in size.
 
-    Raises:
-        UserError: parts would differ in size; their mean losses would not average to the batch's.
+    Their mean losses would then not average to the batch's.
     """
     if len(rows) % world():
         problem = f"{len(rows)} clips cannot be dealt out evenly to {world()} processes"
@@ -96,8 +95,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
-        dist.all_gather(parts, x.contiguous())
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x)
         return torch.stack(parts, 1).flatten(0, 1)
 
     @staticmethod
@@ -122,27 +122,22 @@ def average_gradients(module: nn.Module) -> None:
         return
     trained = [p for p in module.parameters() if p.requires_grad]
     for dtype in dict.fromkeys(p.dtype for p in trained):
-        parameters = [p for p in trained if p.dtype == dtype]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        present = grads[0].new_tensor([p.grad is not None for p in parameters])
+        some = [p for p in trained if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+        present = grads[0].new_tensor([p.grad is not None for p in some])
         flat = torch.cat([grad.flatten() for grad in (*grads, present)]) / world()
         dist.all_reduce(flat)
-        *averages, shares = flat.split([p.numel() for p in parameters] + [len(parameters)])
-        for parameter, grad, average, share in zip(
-            parameters, grads, averages, shares, strict=True
-        ):
-            if parameter.grad is not None or share > 0:
+        *means, shares = flat.split([p.numel() for p in some] + [len(some)])
+        for p, grad, mean, share in zip(some, grads, means, shares, strict=True):
+            if p.grad is not None or share > 0:
                 # In its own memory format: a fused optimiser looks at the memory only.
-                parameter.grad = grad.copy_(average.view_as(grad))
+                p.grad = grad.copy_(mean.view_as(grad))
 
 
-def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
+def mean(values: dict[str, float]) -> dict[str, float]:
     """Return numbers averaged over ranks."""
-    if world() == 1:
-        return values
-    numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(numbers)
-    return dict(zip(values, (numbers / world()).tolist(), strict=True))
+    ranks = collect(values)
+    return {name: sum(other[name] for other in ranks) / world() for name in values}
 
 
 class Notice:

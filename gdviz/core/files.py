@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+REMAKE = "have it made again"
 
 
 class UserError(Exception):
@@ -27,10 +29,7 @@ class UserError(Exception):
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` and rename it into place on success.
 
-    A reader, a crash or a full disk therefore never meets a half-written file.
-
-    Raises:
-        UserError: the disk refused the write; ``path`` is left as it was.
+    Raises UserError if the disk refuses the write; ``path`` is then left as it was.
     """
     path = Path(path)
     # Two workers that write the same file stay apart.
@@ -49,19 +48,20 @@ def atomic(path: Path | str) -> Iterator[Path]:
             temporary.unlink()
 
 
+def _json(value: Any, **options: Any) -> str:
+    def simpler(x: Any) -> Any:
+        return vars(x) if is_dataclass(x) else str(x)
+
+    return json.dumps(value, default=simpler, **options)
+
+
 def plain(value: Any) -> Any:
-    """Return dataclasses, paths and tuples as what JSON knows."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    """Return what comes back when dataclasses, paths and tuples are written as JSON."""
+    return json.loads(_json(value))
 
 
 def from_plain(kind: type, value: dict[str, Any]) -> Any:
-    """Return the dataclass that :func:`plain` made ``value`` of; lists become tuples."""
+    """Return the dataclass that ``value``, read from JSON, was; lists become tuples."""
     types, known = get_type_hints(kind), {}
     for name, v in value.items():
         if is_dataclass(types[name]):
@@ -72,8 +72,7 @@ def from_plain(kind: type, value: dict[str, Any]) -> Any:
 
 def fingerprint(*values: Any) -> str:
     """Return sixteen hexadecimal digits that change when any of ``values`` does."""
-    text = json.dumps([plain(v) for v in values], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_json(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_sha256(path: Path | str) -> str:
@@ -83,60 +82,54 @@ def file_sha256(path: Path | str) -> str:
 
 
 def save_json(path: Path | str, value: Any) -> None:
-    """Write what :func:`plain` makes of a value as JSON.
-
-    Raises:
-        UserError: the disk refused the write.
-    """
+    """Write a value as :func:`plain` sees it; raise UserError if the disk refuses."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=1) + "\n")
+        temporary.write_text(_json(value, indent=1) + "\n")
 
 
 def save_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
     """Write one line of JSON a row; errors as :func:`save_json`."""
     with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(plain(row)) + "\n" for row in rows))
+        temporary.write_text("".join(_json(row) + "\n" for row in rows))
 
 
-def _load(path: Path | str, parse: Callable[[str], Any]) -> Any:
+def _load(path: Path | str, read: Callable[[Path], Any], wrong: str, advice: str) -> Any:
+    """Return what ``read`` makes of a file; raise UserError when it is missing or wrong."""
     try:
-        return parse(Path(path).read_text())
+        return read(Path(path))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:  # no JSON, or no text at all
-        raise UserError(f"{path} is not JSON ({error}); delete it to have it made again") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:
+        told = isinstance(error, ValueError | SafetensorError)  # others advise to trust the file
+        reason = str(error).splitlines()[0] if told else type(error).__name__
+        raise UserError(f"{path} is {wrong} ({reason}); delete it to {advice}") from None
 
 
 def load_json(path: Path | str) -> Any:
     """Raise UserError when the file is missing or is not JSON."""
-    return _load(path, json.loads)
+    return _load(path, lambda file: json.loads(file.read_text()), "not JSON", REMAKE)
 
 
 def load_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """Raise UserError when the file is missing or a line of it is not JSON."""
-    return _load(path, lambda text: [json.loads(line) for line in text.splitlines()])
+
+    def read(file: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    return _load(path, read, "not JSON", REMAKE)
 
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> None:
     """Write tensors and a JSON description as one safetensors file."""
-    flat = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    seen: set[int] = set()
-    for key, value in flat.items():  # tied weights share memory, which the format refuses
-        if value.untyped_storage().data_ptr() in seen:
-            flat[key] = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
+    # copies, as the format refuses memory that two tensors share, such as tied weights
+    copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
     with atomic(path) as temporary:
-        save_file(flat, temporary, metadata={"meta": json.dumps(plain(meta))})
+        save_file(copies, temporary, metadata={"meta": _json(meta)})
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
     """Raise UserError when the file is missing or damaged."""
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to have it made again") from None
+    return _load(path, load_file, "damaged", REMAKE)
 
 
 def meta_of(path: Path | str) -> dict[str, Any]:
@@ -152,20 +145,18 @@ def save_checkpoint(path: Path | str, state: dict[str, Any]) -> None:
     """Write states of modules and optimisers, nested as PyTorch nests them, after a SHA-256."""
     content = io.BytesIO()
     torch.save(state, content)
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(hashlib.sha256(content.getbuffer()).digest())
-        file.write(content.getbuffer())
+    with atomic(path) as temporary:
+        digest = hashlib.sha256(content.getbuffer()).digest()
+        temporary.write_bytes(digest + content.getbuffer())
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """Read what :func:`save_checkpoint` wrote; raise UserError else. Never unpickles code."""
-    try:
-        content = Path(path).read_bytes()
+
+    def read(file: Path) -> dict[str, Any]:
+        content = file.read_bytes()
         if hashlib.sha256(content[32:]).digest() != content[:32]:
             raise ValueError("wrong checksum")
         return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    except Exception as error:
-        told = isinstance(error, OSError | ValueError)
-        reason = str(error).splitlines()[0] if told else type(error).__name__
-        problem = f"{path} is damaged, or no checkpoint ({reason})"
-        raise UserError(f"{problem}; delete it to start that step again") from None
+
+    return _load(path, read, "damaged, or no checkpoint", "start that step again")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +22,7 @@ from gdviz.core.processes import Stopped, stops_noted
 
 # (rows [b], generator, epoch) -> the loss to descend, and numbers to log
 Step = Callable[[Tensor, Generator, int], tuple[Tensor, dict[str, Tensor | float]]]
-SAVE_EVERY_S = 5.0  # or twenty times what saving takes, if that is more
+SAVE_EVERY_S = 5.0  # and twenty times what saving takes
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,12 +30,9 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Bookkeeping:
     """What a training keeps beside its result."""
 
-    checkpoint: Path | None = None
-    """file to resume from and save to; the caller removes it when the result is safe"""
-    progress: str | None = None
-    """title of the progress bar; None hides it"""
-    board: Path | None = None
-    """folder for TensorBoard"""
+    checkpoint: Path | None = None  # to resume from; the caller removes it when the result is safe
+    progress: str | None = None  # title of the progress bar; None hides it
+    board: Path | None = None  # folder for TensorBoard
 
 
 def learning_rate(schedule: Schedule, done: float) -> float:
@@ -56,7 +54,8 @@ class _Training:
             module.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.precision == "fp16")
-        self.parts = {"module": module, "optimiser": self.optimiser, "scaler": self.scaler}
+        self.parts: dict[str, Any] = {"module": module, "optimiser": self.optimiser}
+        self.parts["scaler"] = self.scaler
         if schedule.ema:
             decay = get_ema_multi_avg_fn(schedule.ema)
             self.parts["average"] = AveragedModel(module, multi_avg_fn=decay, use_buffers=True)
@@ -78,43 +77,38 @@ class _Training:
         """Descend on the next batch, part by part."""
         if self.done == 0:
             self.begin_epoch()
-        epoch = len(self.history)
+        schedule, epoch, dtype = self.schedule, len(self.history), DTYPES[self.schedule.precision]
         # For dropout: no state to save, and another mask on every rank.
         torch.manual_seed(hash((self.seed, epoch, self.done, distributed.rank())))
-        progress = (epoch * self.steps + self.done) / (self.steps * self.schedule.epochs)
+        progress = (epoch * self.steps + self.done) / (self.steps * schedule.epochs)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.schedule, progress)
+            group["lr"] = learning_rate(schedule, progress)
         self.optimiser.zero_grad(set_to_none=True)
         picked = self.order[self.done * self.batch : (self.done + 1) * self.batch]
-        for part in picked.chunk(self.schedule.accumulate):
-            self.add_gradients(part, len(part) / len(picked))
+        for part in picked.chunk(schedule.accumulate):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                loss, metrics = self.step(part, self.rng, epoch)
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+            self.scaler.scale(loss * (len(part) / len(picked))).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                self.logged[name].append(value.detach() if isinstance(value, Tensor) else value)
         distributed.average_gradients(self.module)
-        if self.schedule.clip:
+        if schedule.clip:
             self.scaler.unscale_(self.optimiser)
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.schedule.clip)
+            nn.utils.clip_grad_norm_(self.module.parameters(), schedule.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        if self.schedule.ema:
+        if schedule.ema:
             self.parts["average"].update_parameters(self.module)
         self.done += 1
 
-    def add_gradients(self, rows: Tensor, share: float) -> None:
-        """Add the gradients of ``share`` times the loss of ``rows``."""
-        dtype = DTYPES[self.schedule.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            loss, metrics = self.step(rows, self.rng, len(self.history))
-        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        self.scaler.scale(loss * share).backward()
-        for name, value in {"loss": loss, **metrics}.items():
-            self.logged[name].append(value.detach() if isinstance(value, Tensor) else value)
+    def numbers(self) -> dict[str, list[float]]:
+        return {name: [float(value) for value in values] for name, values in self.logged.items()}
 
     def end_epoch(self) -> dict[str, float]:
         """Return the means of what was logged, added to the history."""
-        means = {
-            name: float(torch.as_tensor([float(value) for value in values]).mean())
-            for name, values in self.logged.items()
-        }
-        means, epoch = distributed.mean(means, self.device), len(self.history)
+        means = {name: float(torch.tensor(x).mean()) for name, x in self.numbers().items()}
+        means, epoch = distributed.mean(means), len(self.history)
         if not math.isfinite(means["loss"]):
             problem = f"the loss is {means['loss']} in epoch {epoch} of a training"
             raise FloatingPointError(f"{problem}; lower the learning rate")
@@ -125,8 +119,8 @@ class _Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, in which every rank has its own numbers to log; for all to call."""
-        logged = {name: [float(value) for value in values] for name, values in self.logged.items()}
-        at = {"history": self.history, "logged": distributed.collect(logged), "done": self.done}
+        logged = distributed.collect(self.numbers())
+        at = {"history": self.history, "logged": logged, "done": self.done}
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if distributed.first():
             save_checkpoint(path, {**states, "at": at, "rng": self.rng.get_state()})
@@ -143,57 +137,42 @@ class _Training:
             self.logged.update(logged[distributed.rank() % len(logged)])
 
 
-class _Saver:
-    """Saves a training, taking a twentieth of its time at most, and ends it when asked to."""
-
-    def __init__(self, training: _Training, path: Path | None, asked: Callable[[], int]) -> None:
-        self.training, self.path, self.asked = training, path, asked
-        self.notice = distributed.Notice(training.device)
-        self.due = monotonic() + SAVE_EVERY_S
-
-    def after_step(self, *, last: bool) -> None:
-        """Save if the first rank finds it time to; raise Stopped if asked to. For all to call."""
-        began = monotonic()
-        is_due = distributed.first() and began > self.due
-        if is_due:
-            self.due = math.inf
-        notice = self.notice(self.asked() or int(is_due))  # a signal, or 1: no stop, but save
-        if self.path is not None and (notice or last):
-            self.training.save(self.path)
-            took = monotonic() - began
-            self.due = began + took + SAVE_EVERY_S * (1 + 4 * took)
-        if notice > 1:
-            # A launcher ends all ranks when one has ended, but the first may be saving still.
-            distributed.agreed(None)
-            raise Stopped(notice)
-
-
 def _run(training: _Training, keep: Bookkeeping) -> None:
-    """Take all steps that are left."""
-    history, steps, batch = training.history, training.steps, training.batch
+    """Take all steps that are left; save now and then, at the end, and when asked to stop."""
+    history, steps, batch, board = training.history, training.steps, training.batch, None
     begun, total = len(history) * steps + training.done, training.schedule.epochs * steps
-    board = None
     if keep.board is not None and distributed.first():
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.writer import SummaryWriter
 
         board = SummaryWriter(keep.board, purge_step=len(history))
+    look = {"desc": keep.progress, "unit": "clip", "unit_scale": True}
     hidden = keep.progress is None or not distributed.first()
-    bar = tqdm(
-        desc=keep.progress, total=total * batch, unit="clip", unit_scale=True, disable=hidden
-    )
-    with stops_noted() as asked, bar:
+    notice, due = distributed.Notice(training.device), monotonic() + SAVE_EVERY_S
+    with stops_noted() as asked, tqdm(total=total * batch, disable=hidden, **look) as bar:
         bar.update(begun * batch)
-        saver = _Saver(training, keep.checkpoint, asked)
         for step in range(begun, total):
             training.take_step()
             bar.update(batch)
             if training.done == steps:
                 means = training.end_epoch()
                 bar.set_postfix(loss=f"{means['loss']:.3f}")
-                for name, value in means.items() if board else ():
-                    board.add_scalar(name, value, step // steps)
+                if board:
+                    for name, value in means.items():
+                        board.add_scalar(name, value, step // steps)
                     board.flush()
-            saver.after_step(last=step + 1 == total)
+            began = monotonic()
+            is_due = distributed.first() and began > due
+            if is_due:
+                due = math.inf
+            told = notice(asked() or int(is_due))  # a signal, or 1: no stop, but save
+            if keep.checkpoint is not None and (told or step + 1 == total):
+                training.save(keep.checkpoint)
+                took = monotonic() - began
+                due = began + took + SAVE_EVERY_S * (1 + 4 * took)
+            if told > 1:
+                # A launcher ends all ranks when one has ended, but the first may be saving still.
+                distributed.agreed(None)
+                raise Stopped(told)
 
 
 def train(

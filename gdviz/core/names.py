@@ -13,11 +13,6 @@ from typing import Any
 from gdviz.core.files import UserError
 
 
-def is_own(name: str) -> bool:
-    """Return whether a name is the user's own MODULE:NAME."""
-    return ":" in name
-
-
 def folder_name(name: str) -> str:
     """Return a name as a folder's: MODULE:NAME becomes MODULE.NAME."""
     return re.sub(r"[^\w.+-]", ".", name)
@@ -26,17 +21,16 @@ def folder_name(name: str) -> str:
 def resolve(name: str, known: Mapping[str, Any], what: str) -> Any:
     """Return ``known[name]``, or the object MODULE:NAME; the working folder is searched, too.
 
-    Raises:
-        UserError: there is no such thing; the message names ``what`` and near names.
+    Raises UserError if there is no such thing; the message names ``what`` and near names.
     """
+    module, own, attribute = name.partition(":")
     if name in known:
         return known[name]
-    if not is_own(name):
+    if not own:
         choice = f"choose from {', '.join(known)}, or MODULE:NAME of your own"
         raise UserError(f"unknown {what} {name!r}{_near(name, known)}; {choice}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    module, _, attribute = name.partition(":")
     try:
         found = import_module(module)
     except (ImportError, ValueError, TypeError) as error:  # no name of a module at all

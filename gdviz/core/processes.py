@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from multiprocessing.pool import ThreadPool
 from threading import Lock, Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any
@@ -24,6 +25,7 @@ _STARTING = Lock()  # multiprocessing keeps one list of children for all threads
 
 Work = Callable[..., Any]
 Job = tuple[Any, ...]
+Results = Generator[tuple[int, Any], None, None]  # number and result of each job as it ends
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,10 @@ def stops_noted() -> Iterator[Callable[[], int]]:
         noted = signum
         signal.signal(signum, before[signum])
 
-    signals = (signal.SIGTERM, signal.SIGINT) if current_thread() is main_thread() else ()
-    before = {signum: signal.getsignal(signum) for signum in signals}
-    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for signum in before:
-        signal.signal(signum, note)
+    before: dict[int, Any] = {}
+    for signum in (signal.SIGTERM, signal.SIGINT) if current_thread() is main_thread() else ():
+        if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+            before[signum] = signal.signal(signum, note)
     try:
         yield lambda: noted
     finally:
@@ -72,20 +73,20 @@ def stops_noted() -> Iterator[Callable[[], int]]:
         signal.raise_signal(noted)
 
 
-def _die_with_parent() -> None:
-    wait([parent_process().sentinel])
+def _die_with(parent: Any) -> None:
+    parent.join()
     os._exit(1)
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """Answer jobs with (error, result) until the other end closes; the first answer is "ready"."""
+    """Answer jobs with (error, result) until the other end closes; the first answer is for none."""
     # A killed parent cannot stop its children; they would work on, beside its successor's.
-    Thread(target=_die_with_parent, daemon=True).start()
+    Thread(target=_die_with, args=(parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent obeys it, and stops its children
     torch.set_num_threads(1)
     # Transport potentials of unlikely classes are denormal numbers, a hundred times slower.
     torch.set_flush_denormal(True)
-    answer = None, "ready"
+    answer = None, None
     with suppress(EOFError, ConnectionError, Stopped):
         while True:
             pipe.send(answer)
@@ -108,31 +109,34 @@ class _Child:
             context.set_forkserver_preload(["torch", *ours])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work))
-        self.process.start()
+        with _STARTING:
+            self.process.start()
         theirs.close()
-        self.ready = False
+        self.number: int | None = None  # of its job; it has none until it is ready
+        self.deadline = inf
 
-    def ask(self, job: Job, timeout: float | None) -> Any:
-        """Return what the job returns, or `Lost`; raise what it raises, or WorkerDied."""
-        try:
-            self.ready = self.ready or self.pipe.recv() == (None, "ready")
+    def begin(self, number: int, job: Job, timeout: float | None) -> None:
+        self.number, self.deadline = number, monotonic() + (timeout or inf)
+        with suppress(ConnectionError):  # it has died: asking for its answer will show
             self.pipe.send(job)
-            if not self.pipe.poll(timeout):
-                self.end()
-                return Lost(f"took longer than {timeout:.0f} s")
-            error, result = self.pipe.recv()
-        except (EOFError, OSError):
-            death = f"process was killed (exit code {self.end(patience=10.0)}): too little memory"
-            if timeout is None or not self.ready:
-                advice = "the same command goes on from here, try fewer --workers"
-                raise WorkerDied(f"a worker {death}? {advice}") from None
-            return Lost(f"its {death}, or it breaks the decoder", died=True)
-        if error is not None:
-            raise error
-        return result
 
-    def end(self, patience: float = 0.0) -> int:
+    def answer(self, timeout: float | None) -> tuple[Exception | None, Any]:
+        """Return error and result of a job that has ended or run out of time."""
+        try:
+            if self.pipe.poll():
+                return self.pipe.recv()
+            self.end(0)
+            return None, Lost(f"took longer than {timeout:.0f} s")
+        except (EOFError, OSError):
+            death = f"process was killed (exit code {self.end(10)}): too little memory"
+        if timeout is None or self.number is None:
+            advice = "the same command goes on from here, try fewer --workers"
+            return WorkerDied(f"a worker {death}? {advice}"), None
+        return None, Lost(f"its {death}, or it breaks the decoder", died=True)
+
+    def end(self, patience: float) -> int | None:
         """Return the exit code; kill the process if it does not end by itself in time."""
+        self.pipe.close()
         if not wait([self.process.sentinel], patience):
             self.process.kill()
         with _STARTING:
@@ -142,80 +146,48 @@ class _Child:
 
 # Not pebble's ProcessPool: its workers share a queue. Of 150 jobs that killed their worker at once,
 # 9 were never reported (a training would wait for ever), and 3 of 100 took the pool with them.
-class _Crew:
-    """Threads that do jobs, each by a child that has no other job."""
-
-    def __init__(self, work: Work, jobs: Sequence[Job], timeout: float | None) -> None:
-        self.work, self.jobs, self.timeout = work, jobs, timeout
-        self.children: set[_Child] = set()
-        self.idle: list[_Child] = []
-        self.over, self.failed = False, None
-
-    def results(self, numbers: Sequence[int], size: int) -> Iterator[tuple[int, Any]]:
-        """Yield numbers and results as jobs end; then raise the first error."""
+def in_children(work: Work, jobs: Sequence[Job], size: int, timeout: float | None) -> Results:
+    """Do jobs in ``size`` child processes; see :func:`over_processes`."""
+    left, died, failed = deque(range(len(jobs))), deque(), None
+    children: list[_Child] = []
+    again = False
+    try:
+        while left or children or died:
+            if not (left or children):
+                left, died, size, again = died, deque(), 1, True
+            while len(children) < size and len(left) > sum(c.number is None for c in children):
+                children.append(_Child(work))
+            soonest = min(child.deadline for child in children) - monotonic()
+            answered = wait([child.pipe for child in children], min(soonest, 60.0))
+            for child in tuple(children):
+                if child.pipe not in answered and monotonic() < child.deadline:
+                    continue
+                number, (error, result) = child.number, child.answer(timeout)
+                lost = isinstance(result, Lost)
+                if error is not None:
+                    failed = failed or error
+                    left.clear()
+                if left and not lost:
+                    child.begin(left[0], jobs[left.popleft()], timeout)
+                else:
+                    children.remove(child)
+                    child.end(PATIENCE_S)
+                if lost and result.died and not again:
+                    died.append(number)
+                elif number is not None and error is None:
+                    yield number, result
+            if failed and not children:
+                raise failed
+    finally:
+        over = monotonic() + PATIENCE_S
         try:
-            with ThreadPool(max(1, min(size, len(numbers)))) as threads:
-                ended = threads.imap_unordered(self._do, numbers)
-                yield from (result for result in ended if result is not None)
-            if self.failed is not None:
-                raise self.failed
-        finally:
-            self._end()
-
-    def _do(self, number: int) -> tuple[int, Any] | None:
-        """Return number and result; None if the job failed, or did not begin since another did."""
-        try:
-            child = self._free_child()
-            if child is None:
-                return None
-            result = child.ask(self.jobs[number], self.timeout)
-        except Exception as error:
-            self.over, self.failed = True, self.failed or error
-            return None
-        if isinstance(result, Lost):
-            self.children.discard(child)
-        else:
-            self.idle.append(child)
-        return number, result
-
-    def _free_child(self) -> _Child | None:
-        with _STARTING:
-            if self.over:
-                return None
-            if not self.idle:
-                self.idle.append(_Child(self.work))
-                self.children.add(self.idle[-1])
-            return self.idle.pop()
-
-    def _end(self) -> None:
-        """Let idle children end, ask busy ones to, and kill those that do not."""
-        self.over, deadline = True, monotonic() + PATIENCE_S
-        try:
-            with _STARTING:  # wait for one that is being started
-                children, idle = set(self.children), set(self.idle)
-            for child in idle:
-                child.pipe.close()
-            for child in children - idle:
+            for child in children:
                 child.process.terminate()
             for child in children:
-                wait([child.process.sentinel], max(0, deadline - monotonic()))
+                wait([child.process.sentinel], max(0, over - monotonic()))
         finally:
-            for child in tuple(self.children):
-                child.end()
-
-
-def in_children(
-    work: Work, jobs: Sequence[Job], size: int, timeout: float | None
-) -> Iterator[tuple[int, Any]]:
-    """Yield number and result of each job as it ends, done by ``size`` child processes."""
-    died = []
-    with closing(_Crew(work, jobs, timeout).results(range(len(jobs)), size)) as ended:
-        for number, result in ended:
-            if isinstance(result, Lost) and result.died:
-                died.append(number)
-            else:
-                yield number, result
-    yield from _Crew(work, jobs, timeout).results(died, 1)
+            for child in children:
+                child.end(0)
 
 
 def over_processes(
@@ -230,29 +202,24 @@ def over_processes(
 ) -> list[Any]:
     """Return ``[work(*job) for job in jobs]``, computed by several processes or machines.
 
-    Small networks and small matrices gain nothing from a second thread and lose ten times to
-    threads that wait for each other, so each process gets one. The first error cancels what has
-    not begun and is raised when what runs has ended.
+    The first error cancels what has not begun and is raised when what runs has ended. Each process
+    has one thread: small networks lose ten times to threads that wait for each other.
 
     Args:
         work: picklable.
         jobs: arguments of each call.
         workers: number of processes, 1 being this one; or a `gdviz.core.cluster.Cluster`.
         title, unit: of the progress bar; no title hides it.
-        timeout: seconds that a job may take. With it, a worker process that dies or takes longer
-            costs its own job only: `Lost` stands for the result. A job whose worker died is tried
-            once more, alone, so that none is blamed for the memory that another one took.
+        timeout: seconds that a job may take. If it takes longer or its process dies, `Lost` stands
+            for its result; without ``timeout``, a death raises WorkerDied. A job whose process died
+            is tried once more, alone: another one may have taken the memory.
         each: called here with number and result of each job as it ends, but not of a lost one.
-
-    Raises:
-        WorkerDied: without ``timeout``, a worker process was killed.
     """
+    ended: Results = ((number, work(*job)) for number, job in enumerate(jobs))
     if not isinstance(workers, int):
         ended = workers.run(work, jobs, timeout)
     elif workers > 1:
         ended = in_children(work, jobs, workers, timeout)
-    else:
-        ended = ((number, work(*job)) for number, job in enumerate(jobs))
     results: dict[int, Any] = {}
     bar = tqdm(total=len(jobs), desc=title, unit=unit, disable=title is None)
     with closing(ended), bar:

@@ -144,7 +144,7 @@ if __name__ == "__main__":
         "trainings": trainings(Path(sys.argv[1]) / str(distributed.world())),
         "notices": [notice(number * distributed.rank()) for number in (1, 5, 2)],
         "agreed": distributed.agreed({"rank": distributed.rank()}),
-        "mean": distributed.mean({"rank": float(distributed.rank())}, torch.device("cpu")),
+        "mean": distributed.mean({"rank": float(distributed.rank())}),
         "uneven": uneven(),
     }
     torch.save(found, f"{sys.argv[1]}/{distributed.world()}-{distributed.rank()}.pt")
