@@ -14,9 +14,9 @@ def newton(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Ascend the semi-dual in ``log v``, columns ``[C, N]`` (Brauer et al. 2017).
 
-    Peaked marginals split a plan into parts that hardly exchange mass. Sinkhorn's iteration needs
-    thousands of steps to settle the potentials of one part against another, Newton a handful. A
-    plain iteration follows each. Returns ``log u``, ``log v``, the errors, the number of steps.
+    Peaked marginals split a plan into parts that hardly exchange mass: Sinkhorn's iteration settles
+    their potentials in thousands of steps, Newton in a handful, each followed by a plain iteration.
+    Returns ``log u``, ``log v``, the errors, the number of steps.
     """
     a, b, v = a.mT, b.mT, log_v.mT  # (N, C)
     log_a, log_b = a.log(), b.log()
@@ -27,20 +27,21 @@ def newton(
     def dual(v: Tensor) -> Tensor:
         return (b * v).sum(-1) - (a * apply(log_b + v)).sum(-1)
 
-    for taken in range(steps + 1):
+    taken = 0
+    while True:
         u = -apply(log_b + v)
         applied = apply(log_a + u)
         excess = (applied + v).clamp(-60, 60)  # log of (column mass / b)
         error = (b * (excess.exp() - 1).abs()).sum(-1)
         if taken == steps or bool((error <= tol).all()):
-            break
+            return u.mT, -applied.mT, error, taken
         # the plan over the square roots of its marginals; empty classes are empty rows and columns
         left, right = 0.5 * log_a + u, 0.5 * log_b + v - 0.5 * excess
         scaled = (left[:, :, None] + log_kernel + right[:, None, :]).exp()  # (N, C, C)
         value = (a * u).sum(-1) + (b * v).sum(-1)
         v = _ascend(dual, value, v, _direction(scaled, b, excess), otherwise=-applied)
         v = -apply(log_a - apply(log_b + v))
-    return u.mT, -applied.mT, error, taken
+        taken += 1
 
 
 def _direction(scaled: Tensor, b: Tensor, excess: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The solvers as operators of torch.
+"""The solvers as operators of torch, with the shapes of their results and their gradients.
 
-A solver's loop depends on its data, so ``torch.compile`` sees one opaque operator each, with the
-shapes of its results and, by the envelope theorem, its gradient: no graph breaks, and nothing is
-unrolled. All tensors returned are fresh and contiguous, as their fake counterparts are.
+A solver's loop depends on its data, so ``torch.compile`` sees one opaque operator each. Gradients
+are potentials (envelope theorem). All tensors returned are fresh and contiguous, as the fake ones.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,24 +34,17 @@ def _(p: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return p.new_empty(*p.shape[:-2], p.shape[-1]), p.new_empty((), dtype=torch.bool)
 
 
-def _potentials_times(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    if torch.is_grad_enabled():  # the potentials are constants here: their derivative would read 0
-        raise RuntimeError("transport costs are differentiable once only (no create_graph=True)")
-    wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-    return [grad[..., None] * potential if needed else None for potential, needed in wanted]
-
-
-def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_potentials_times(ctx, grad), *[None] * 5
-
-
-def _self_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_potentials_times(ctx, 2 * grad), *[None] * 4
-
-
-def _save_potentials(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:3])  # f and g, or the one of a self term
 
 
-sinkhorn.register_autograd(_gradient, setup_context=_save_potentials)
-self_sinkhorn.register_autograd(_self_gradient, setup_context=_save_potentials)
+def _gradient(factor: int, options: int, ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    if torch.is_grad_enabled():  # the potentials are constants here: their derivative would read 0
+        raise RuntimeError("transport costs are differentiable once only (no create_graph=True)")
+    wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    grads = [factor * grad[..., None] * x if needed else None for x, needed in wanted]
+    return *grads, *[None] * options
+
+
+sinkhorn.register_autograd(partial(_gradient, 1, 5), setup_context=_save)
+self_sinkhorn.register_autograd(partial(_gradient, 2, 4), setup_context=_save)

@@ -100,25 +100,23 @@ def iterate(
     The last axis of every tensor counts problems. A step returns the new state and, where ``relax``
     is 1, the errors. Returns the final state, the errors and the number of iterations.
     """
-    result = [torch.empty_like(s) for s in state]
+    result, iteration = [torch.empty_like(s) for s in state], 0
     error = state[0].new_zeros(state[0].shape[-1])
     active = torch.arange(len(error), device=error.device)
-    iteration = 0
     while len(active):
         state, current = step(marginals, state, 1.0)
         iteration += 1
-        stopped = ~(current > tol) | (iteration >= max_iter)  # NaN stops, too
-        if bool(stopped.any()):
-            error[active[stopped]] = current[stopped]
+        going = (current > tol) & (iteration < max_iter)  # NaN stops, too
+        if not bool(going.all()):
+            stopped = active[~going]
+            error[stopped] = current[~going]
             for full, part in zip(result, state, strict=True):
-                full[..., active[stopped]] = part[..., stopped]
-            going = ~stopped
+                full[..., stopped] = part[..., ~going]
             active = active[going]
             marginals = tuple(m[..., going] for m in marginals)
             state = tuple(s[..., going] for s in state)
-        unchecked = min(CHECK_EVERY - 1, max_iter - 1 - iteration) if len(active) else 0
         relax = LATE if iteration > 2 * CHECK_EVERY else EARLY
-        for _ in range(unchecked):
+        for _ in range(min(CHECK_EVERY - 1, max_iter - 1 - iteration) if len(active) else 0):
             state, _ = step(marginals, state, relax)
             iteration += 1
     return result, error, iteration
@@ -135,12 +133,15 @@ def relaxed(old: Tensor, applied: Tensor, relax: float) -> Tensor:
 class Batch:
     """Problems as columns ``[C, N]``, with plans ``diag(p u) K diag(q v)`` as far as solved."""
 
-    def __init__(self, a: Tensor, b: Tensor, kernel: Kernel, tol: float, max_iter: int) -> None:
-        self.a, self.kernel, self.max_iter = a, kernel, max_iter
-        self.p, self.q = columns(a, kernel.dtype), columns(b, kernel.dtype)
+    def __init__(
+        self, a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int
+    ) -> None:
+        self.a, self.cost, self.max_iter = a, cost, max_iter
+        self.relative_eps, self.kernel = eps, Kernel(cost, eps, a.dtype)
+        self.p, self.q = columns(a, self.kernel.dtype), columns(b, self.kernel.dtype)
         self.log_u, self.log_v = torch.zeros_like(self.p), torch.zeros_like(self.q)
         self.error = torch.full_like(self.p[0], math.inf)
-        self.tol, self.iterations = max(tol, kernel.noise), 0
+        self.tol, self.iterations = max(tol, self.kernel.noise), 0
 
     def iterate_scalings(self, guess: Tensor | None) -> None:
         """Run Sinkhorn's iteration in the product form, from a ``guess`` of g if there is one."""
@@ -154,36 +155,32 @@ class Batch:
             error = None if relax > 1 else (q * (v * applied - 1).abs()).sum(dim=0)
             return (u, relaxed(v, applied, relax)), error
 
-        marginals, u, v = (self.p, self.q), torch.ones_like(self.p), torch.ones_like(self.q)
+        start = [torch.ones_like(self.p), torch.ones_like(self.q)]
         if guess is not None:
-            v = (guess.to(v.dtype).reshape(-1, len(v)).mT / self.kernel.eps).exp()
-        patience = min(self.max_iter, max(150, NEWTON_AFTER * len(v)))
-        (u, v), self.error, self.iterations = iterate(step, marginals, (u, v), self.tol, patience)
+            start[1] = (guess.to(self.q.dtype).reshape(-1, len(self.q)).mT / self.kernel.eps).exp()
+        patience = min(self.max_iter, max(150, NEWTON_AFTER * len(self.q)))
+        found = iterate(step, (self.p, self.q), tuple(start), self.tol, patience)
+        (u, v), self.error, self.iterations = found
         self.log_u, self.log_v = u.log(), v.log()
 
-    def restart_from_larger_eps(self, which: Tensor, solve_larger: Callable) -> None:
-        """Start columns anew from a rough solution at a larger eps: a cold start would wander."""
+    def solve_anew(self, which: Tensor) -> None:
+        """Solve columns by Newton's method, from a rough solution at a larger eps."""
         index = which.nonzero().squeeze(1)
         # with all iterations spent, only what is not even begun is started
         spent = self.iterations >= self.max_iter and bool(self.error[index].isfinite().all())
-        if spent or not len(index):
-            return
-        p, q = (x[:, index].mT.to(self.a.dtype) for x in (self.p, self.q))
-        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-            g = solve_larger(p, q)
-        self.log_v[:, index] = g.to(self.q.dtype).mT / self.kernel.eps
-        self.error[index] = math.inf
-        self.iterations = min(self.iterations, self.max_iter - 1)
+        if len(index) and not spent:
+            p, q = (x[:, index].mT.to(self.a.dtype) for x in (self.p, self.q))
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+                g = solve(p, q, self.cost, 3 * self.relative_eps, 1e-3, self.max_iter, None)[2]
+            self.log_v[:, index] = g.to(self.q.dtype).mT / self.kernel.eps
+            self.error[index] = math.inf
+            self.iterations = min(self.iterations, self.max_iter - 1)
+        # It may stall in one potential and not in the other, where classes are all but empty.
+        self.newton(self.p, self.q, self.log_u, self.log_v)
+        self.newton(self.q, self.p, self.log_v, self.log_u)
 
-    def finish_with_newton(self) -> None:
-        """Solve what is left by Newton's method in ``log v``, then what that leaves in ``log u``.
-
-        It may stall in one and not in the other, where classes of one marginal are all but empty.
-        """
-        self._newton(self.p, self.q, self.log_u, self.log_v)
-        self._newton(self.q, self.p, self.log_v, self.log_u)
-
-    def _newton(self, p: Tensor, q: Tensor, log_u: Tensor, log_v: Tensor) -> None:
+    def newton(self, p: Tensor, q: Tensor, log_u: Tensor, log_v: Tensor) -> None:
+        """Solve what is left by Newton's method in ``log_v``."""
         index = (self.error > self.tol).nonzero().squeeze(1)
         steps = min(self.max_iter - self.iterations, NEWTON_STEPS)
         if steps <= 0 or not len(index):
@@ -201,8 +198,7 @@ class Batch:
         f, g = self.kernel.eps * self.log_u, self.kernel.eps * self.log_v
         # columns of the plan are exact, so its mass is 1: the dual value, right to second order
         f_mean, g_mean = (self.p * f).sum(0), (self.q * g).sum(0)
-        # potentials are free up to a constant: share the value evenly
-        shift = 0.5 * (g_mean - f_mean)
+        shift = 0.5 * (g_mean - f_mean)  # potentials are free up to a constant: share it evenly
         f, g = rows(f + shift, self.a), rows(g - shift, self.a)
         value, error = (rows(x, f[..., 0]) for x in (f_mean + g_mean, self.error))
         return value, f, g, error, all_converged("sinkhorn", error, self.tol, self.max_iter)
@@ -213,19 +209,12 @@ def solve(
     a: Tensor, b: Tensor, cost: Tensor, eps: float, tol: float, max_iter: int, guess: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Solve for normalised marginals ``[*batch, C]`` of one dtype, from a ``guess`` of g."""
-
-    def roughly(a: Tensor, b: Tensor) -> Tensor:
-        return solve(a, b, cost, 3 * eps, 1e-3, max_iter, None)[2]
-
     with torch.autocast(a.device.type, enabled=False):
-        batch = Batch(a, b, Kernel(cost, eps, a.dtype), tol, max_iter)
+        batch = Batch(a, b, cost, eps, tol, max_iter)
         if batch.kernel.fits:
             batch.iterate_scalings(guess)
-        overflowed = ~(batch.error + batch.log_u.sum(0) + batch.log_v.sum(0)).isfinite()
-        batch.restart_from_larger_eps(overflowed, roughly)
-        batch.finish_with_newton()
-        batch.restart_from_larger_eps(batch.error > batch.tol, roughly)
-        batch.finish_with_newton()
+        batch.solve_anew(~(batch.error + batch.log_u.sum(0) + batch.log_v.sum(0)).isfinite())
+        batch.solve_anew(batch.error > batch.tol)
         return batch.result()
 
 

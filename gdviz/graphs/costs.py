@@ -51,10 +51,9 @@ def cost_from_means(
 ) -> Cost:
     """Return Euclidean distances between class means of features; labels of -1 are unknown (ours).
 
-    Means of few clips are mostly noise: ``C / (C + N_labelled)`` of the result is the 0/1 cost, one
-    part to each labelled clip of a class. A class without labelled clips is put at the mean
-    distance from all others. Raises ValueError if fewer than two classes have labelled clips, or
-    all means agree.
+    Means of few clips are mostly noise: ``C / (C + N_labelled)`` of the result is the 0/1 cost. A
+    class without labelled clips is put at the mean distance from all others. Raises ValueError if
+    fewer than two classes have labelled clips, or all means agree.
     """
     known, exact = labels >= 0, _dtypes.double(features.device)
     features, labels = features[known].to(exact), labels[known]

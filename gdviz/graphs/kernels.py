@@ -1,8 +1,7 @@
 """Gram matrices and the distances between two samples that can be read off them.
 
 Gram matrices ``[*batch, N, N]`` of N clips: ``kxx`` of one sample, ``kyy`` of the other and ``kxy``
-across, rows from the first. Clip n of one sample is clip n of the other. The distances share one
-signature, so that ``RepresentationGraph`` can swap them.
+across, rows from the first. Clip n of one sample is clip n of the other.
 """
 
 from typing import Any
@@ -11,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-#: Widths of the Gaussian kernels in :func:`gaussian_kernel`, as multiples of the median.
-MULTIPLES = (4.0, 2.0, 1.0, 0.5, 0.25)
+MULTIPLES = (4.0, 2.0, 1.0, 0.5, 0.25)  # of the median: widths of the Gaussian kernels
 
 Gram = Float[Tensor, "*batch clips clips"]
 Other = Float[Tensor, "*other clips clips"]
@@ -53,27 +51,22 @@ def median_bandwidth(d2: Gram) -> Value:
     return torch.where(median > 0, median, 2.0)
 
 
-def gaussian_kernel(d2: Gram, bandwidth: Value) -> Gram:
-    """Compute ``mean_m exp(-d^2 / (m s))`` over ``MULTIPLES`` m of the bandwidth s; in [0, 1].
-
-    Several widths because a single one far below the distances has no gradient. The multiples are
-    powers of two, so one exponential serves all: the rest are squares of it.
-    """
-    k = torch.exp(-d2 / (MULTIPLES[0] * bandwidth[..., None, None]))
-    total = k
-    for _ in MULTIPLES[1:]:
-        k = k * k
-        total = total + k
-    return total / len(MULTIPLES)
-
-
 def gaussian_kernels(kxx: Gram, kyy: Gram, kxy: Gram, multiple: float = 1.0) -> list[Gram]:
-    """Turn Gram matrices into Gaussian kernels at ``multiple`` of the first sample's bandwidth."""
+    """Turn Gram matrices into kernels ``mean_m exp(-d^2 / (m s))`` over ``MULTIPLES`` m.
+
+    s is ``multiple`` of the first sample's median. A single width far below the distances would
+    have no gradient. As the m halve, one exponential serves all: the rest are squares of it.
+    """
     x, y = diagonal(kxx)[..., None], diagonal(kyy)[..., None]
     squares = (x + x.mT - 2 * kxx, y + y.mT - 2 * kyy, x + y.mT - 2 * kxy)
     d2 = [d.clamp(min=0) for d in squares]
-    width = multiple * median_bandwidth(d2[0])
-    return [gaussian_kernel(d, width) for d in d2]
+    width = (MULTIPLES[0] * (multiple * median_bandwidth(d2[0])))[..., None, None]
+    kernels = [torch.exp(-d / width) for d in d2]
+    totals = kernels
+    for _ in MULTIPLES[1:]:
+        kernels = [k * k for k in kernels]
+        totals = [total + k for total, k in zip(totals, kernels, strict=True)]
+    return [total / len(MULTIPLES) for total in totals]
 
 
 def mmd2(
@@ -87,14 +80,12 @@ def mmd2(
 ) -> Value:
     """``sum_{n != m} o_nm (k(x_n, x_m) + k(y_n, y_m) - 2 k(x_n, y_m)) / sum_{n != m} o_nm``.
 
-    The U-statistic of Gretton et al. 2012, lemma 6 and eq. 4, for two samples of the same clips:
-    zero on identical samples, mean zero when the distributions agree, so sometimes negative.
-
-    Weights ``o`` that form a positive semi-definite matrix make it the MMD between joint
-    distributions of feature and label: ``o = 1 + mu [y = y']`` is the class-conditional version,
-    ``1 + mu <b, b'>`` the same with soft labels (ours). Taking the clip's identity for a label adds
-    ``paired * mean_n (k(x_n, x_n) + k(y_n, y_n) - 2 k(x_n, y_n))``, again without bias (ours).
-    ``biased`` counts ``n = m`` too (the V-statistic, never negative); always so at N = 1.
+    The U-statistic of Gretton et al. 2012, lemma 6 and eq. 4: zero on identical samples, of mean
+    zero when the distributions agree, so sometimes negative. ``biased`` counts ``n = m`` too (never
+    negative), as is always done at N = 1. ``pair_weights`` ``o = 1 + mu [y = y']``, or
+    ``1 + mu <b, b'>`` with soft labels, compare joint distributions of feature and label (ours).
+    Taking the clip for its own label adds ``paired mean_n (k(x_n, x_n) + k(y_n, y_n) - 2 k(x_n,
+    y_n))`` (ours).
     """
     clips = kxx.shape[-1]
     o = kxx.new_ones(clips, clips) if pair_weights is None else pair_weights
@@ -154,10 +145,9 @@ def unbiased_cka(k: Gram, other: Other) -> Value:
 
     k, other = scaled(k), scaled(other)
     own, others = unbiased_hsic(k, k), unbiased_hsic(other, other)
-    # HSIC of a constant matrix, by rounding
-    noise = (100 * torch.finfo(k.dtype).eps * k.shape[-1]) ** 2
-    varies = (own > noise) & (others > noise)
+    noise = (100 * torch.finfo(k.dtype).eps * k.shape[-1]) ** 2  # HSIC of a constant matrix
     norm = own.clamp(min=noise).sqrt() * others.clamp(min=noise).sqrt()
+    varies = (own > noise) & (others > noise)
     return torch.where(varies, unbiased_hsic(k, other) / norm, 0.0)
 
 
@@ -167,14 +157,13 @@ def cka(kxx: Gram, kyy: Gram, kxy: Gram, **_: Any) -> Value:
 
 
 def coral(kxx: Gram, kyy: Gram, kxy: Gram, **_: Any) -> Value:
-    """``|Cov(x) - Cov(y)|_F^2`` from Gram matrices (Deep CORAL, Sun & Saenko 2016, eq. 1).
+    """``|Cov(x) - Cov(y)|_F^2``, whatever the labels; 0 for one clip.
 
-    ``<Cov(x), Cov(y)> = |H Kxy H|_F^2 / (N-1)^2``, so that covariances of outer products are never
-    formed. Without the original's ``1 / (4 d^2)``. Labels are ignored. 0 for one clip.
+    By ``<Cov(x), Cov(y)> = |H Kxy H|_F^2 / (N-1)^2`` no covariance is formed. Deep CORAL (Sun &
+    Saenko 2016, eq. 1) without ``1 / (4 d^2)``.
     """
     xx, yy, xy = (center(k).pow(2).sum(dim=(-2, -1)) for k in (kxx, kyy, kxy))
     return (xx + yy - 2 * xy) / max(kxx.shape[-1] - 1, 1) ** 2
 
 
-#: What ``RepresentationGraph(distance=...)`` may ask for.
-DISTANCES = {"mmd": mmd, "cka": cka, "coral": coral}
+DISTANCES = {"mmd": mmd, "cka": cka, "coral": coral}  # of ``RepresentationGraph(distance=...)``

@@ -1,8 +1,7 @@
 """Logits graph: joint matching of the teachers' distributions through a free centre, the consensus.
 
-Vertices: the teachers, the consensus ``b`` and the student. Edges: transport plans, their costs and
-learned weights. The "multi-distribution joint matching problem" is the paper's. Solving it as a
-star with a free centre, a Wasserstein barycenter (Agueh & Carlier 2011), is ours, like the loss.
+The "multi-distribution joint matching problem" is the paper's. Solving it as a star with a free
+centre, a Wasserstein barycenter (Agueh & Carlier 2011), is ours, like the loss.
 """
 
 import math
@@ -29,22 +28,14 @@ class LogitsGraph(nn.Module):
     """``L = T mean_n s_n [sum_k w_nk S(q_n, p_nk) + beta S(q_n, stopgrad b_n)]``.
 
     ``q_n = softmax(z_n / T)`` is the student's distribution, ``p_nk`` the teachers', ``b_n`` their
-    consensus, S the debiased Sinkhorn divergence, and ``s_n = 1 - H(b_n) / log C``, scaled to mean
-    1: clips on which the consensus is unsure count less. The factor is T, not the T^2 of KL: a
-    transport cost is of first order in ``q - p``, so softening divides its gradient by T once.
+    consensus, S the debiased Sinkhorn divergence under the ground ``cost``, and
+    ``s_n = 1 - H(b_n) / log C``, scaled to mean 1. The factor is T, not the T^2 of KL: a transport
+    cost is of first order in ``q - p``, so softening divides its gradient by T once. For ``eps``,
+    ``tol`` and ``max_iter`` see :func:`gdviz.graphs.sinkhorn`; the consensus, which is a target, is
+    solved to ten times ``tol``.
 
-    Args:
-        teachers: K distinct names.
-        cost: ``[C, C]`` ground cost, kept as a buffer.
-        eps: regularisation, relative to the mean of the cost.
-        beta: weight of the consensus.
-        temperature: T.
-        tol: marginal error of the solver; ten times as much for the consensus, which is a target.
-        max_iter: iterations after which the solver gives up, with a ConvergenceWarning.
-
-    Raises:
-        ValueError: the cost, names or options cannot be used; also if ``exp(-D / eps)`` is not
-            positive semi-definite, because S could then be negative and the loss be gamed.
+    Raises ValueError if the cost, names or options cannot be used, or ``exp(-D / eps)`` is not
+    positive semi-definite: S could then be negative and the loss be gamed.
     """
 
     cost: Tensor
@@ -106,11 +97,8 @@ class LogitsGraph(nn.Module):
     ) -> Float[Tensor, ""]:
         """Compute the loss above, a scalar >= 0; only ``student_logits`` gets a gradient.
 
-        Args:
-            student_logits: ``[B, C]`` raw logits z.
-            teacher_probs: ``[B, K, C]`` probabilities, calibrated and softened at T already.
-            weights: ``[B, K]`` edge weights.
-            consensus: ``[B, C]`` from :meth:`consensus`, if known.
+        Logits z are raw ``[B, C]``; ``teacher_probs [B, K, C]`` are calibrated and softened at T
+        already; ``consensus [B, C]`` is computed unless given.
         """
         self._check(teacher_probs, weights)
         with torch.autocast(student_logits.device.type, enabled=False):
@@ -131,10 +119,10 @@ class LogitsGraph(nn.Module):
     ) -> "nx.Graph":
         """Return the graph averaged over a batch, for plots.
 
-        Nodes have a ``kind``: teacher, consensus or student. So have edges: matching (consensus -
-        teacher), glued (teacher - teacher, of weight ``mean_n w_ni w_nj``) and distillation
-        (student - others). Edges also have ``weight``, ``cost`` (mean divergence; for glued ones
-        ``<plan, D>``), ``plan`` (numpy) and ``rows`` and ``columns``, the vertices of its axes.
+        Nodes have a ``kind``: teacher, consensus or student. Edges have a ``kind``: matching
+        (consensus - teacher), glued (teacher - teacher) or distillation (student - others); a
+        ``weight``, for glued ones ``mean_n w_ni w_nj``; a ``cost``, the mean divergence, for glued
+        ones ``<plan, D>``; a numpy ``plan`` and the vertices of its ``rows`` and ``columns``.
         """
         import networkx as nx
 
@@ -143,9 +131,9 @@ class LogitsGraph(nn.Module):
         graph.add_nodes_from(self.teachers, kind="teacher")
 
         def connect(rows, columns, kind, weight, cost, plan):
-            means = {"cost": float(cost.mean()), "plan": plan.mean(0).cpu().numpy()}
-            ends = {"rows": rows, "columns": columns}
-            graph.add_edge(rows, columns, kind=kind, weight=float(weight), **means, **ends)
+            about = {"kind": kind, "weight": float(weight), "rows": rows, "columns": columns}
+            about |= {"cost": float(cost.mean()), "plan": plan.mean(0).cpu().numpy()}
+            graph.add_edge(rows, columns, **about)
 
         star, mean = self.match(teacher_probs, weights), weights.mean(dim=0)
         plans, b = star.plans, star.distribution
@@ -189,11 +177,10 @@ def one_class_at_a_time(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return multi-label data (CCV's) as two-class problems "is it there or not" (ours).
 
-    A vertex is then a product of Bernoulli distributions ``p_c``. Under the Hamming distance of
-    sets of labels transport falls apart into classes, ``W(p, q) = sum_c |p_c - q_c|``; the graph's
-    divergence lies between that (as eps goes to 0) and ``(p_c - q_c)^2`` (as it grows). From logits
-    and probabilities of sigmoids come the first three arguments of :meth:`LogitsGraph.loss`,
-    ``[B C, ...]``, for a graph with ``zero_one_cost(2)``, whose second class is "there".
+    Under the Hamming distance of sets of labels transport falls apart into classes: ``W(p, q) =
+    sum_c |p_c - q_c|``. From logits and probabilities of sigmoids come the first three arguments of
+    :meth:`LogitsGraph.loss`, ``[B C, ...]``, for a graph with ``zero_one_cost(2)``, whose second
+    class is "there".
 
     Example:
         >>> p = torch.tensor([[[0.5, 0.9, 0.1]]])

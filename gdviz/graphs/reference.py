@@ -43,10 +43,10 @@ def joint_matching_cost(
 def pairwise_matching_cost(
     probs: TeacherProbs, cost: Cost, edge_weights: Edges | None = None, *, eps: float = 0.05
 ) -> Value:
-    """Compute ``sum_{i<j} e_ij S(p_i, p_j)``, as eps goes to 0 a lower bound of joint matching.
+    """Compute ``sum_{i<j} e_ij S(p_i, p_j)``; ``e`` is 1 by default.
 
-    Each pair of the best joint coupling for ``sum_{i<j} e_ij D[y_i, y_j]`` is a coupling of its two
-    marginals, hence the bound; it is about 1% below on average. ``e`` is 1 by default.
+    As eps goes to 0, a lower bound of the joint matching for ``sum_{i<j} e_ij D[y_i, y_j]``, as each
+    pair of its coupling is a coupling of two marginals; about 1% below on average.
     """
     teachers = probs.shape[-2]
     i, j = torch.triu_indices(teachers, teachers, offset=1, device=probs.device)
@@ -58,8 +58,8 @@ def pairwise_matching_cost(
 def ordered_matching_cost(probs: TeacherProbs) -> Value:
     """Compute ``sum_c (max_k F_k(c) - min_k F_k(c))``, F the cumulative distributions.
 
-    For ordered classes and the joint cost ``max_k y_k - min_k y_k`` this is the optimum: in one
-    dimension the comonotone coupling is optimal. With K = 2 it is W for ``D_ij = |i - j|``.
+    The optimum for ordered classes and the joint cost ``max_k y_k - min_k y_k``: in one dimension
+    the comonotone coupling is optimal.
 
     Example:
         >>> float(ordered_matching_cost(torch.eye(3)))

@@ -1,13 +1,12 @@
 """Representation graph: pairwise bilinear ensembles of teacher features against the student's.
 
 Vertices are pairs of teachers ``i < j``, ``r_ij = x_i (x) x_j``, and the student's counterpart
-``r^s_ij = s_i (x) s_j`` with ``s_k`` made of ``A_k h_s``. The "pairwise ensembled representations"
-are the paper's; the kernel route, the class weights and the learned edges are ours.
+``r^s_ij = s_i (x) s_j``. The "pairwise ensembled representations" are the paper's; the kernel
+route, the class weights and the learned edges are ours.
 
-``x_k = [u_k, 1]`` with the teacher's pooled feature ``u_k``, standardised and of unit length; for
-the student ``h_s`` is centred on the batch, adapted and of unit length. Without the constant
-coordinate (ours) the loss has a saddle where a new student starts: cosines near zero multiply to
-nothing, and so do their gradients.
+``x_k = [u_k, 1]`` with the teacher's pooled feature ``u_k``, standardised and of unit length, and
+``s_k`` likewise with ``A_k h_s``, ``h_s`` centred on the batch. Without the constant coordinate
+(ours) cosines near zero, of a new student, multiply to nothing, and so do their gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,19 +41,14 @@ class RepresentationGraph(nn.Module):
     The only pair of a single teacher is ``(0, 0)``, the ensemble with itself.
 
     Args:
-        teachers: K distinct names.
-        teacher_dims: K feature sizes ``d_k``.
-        student_dim: ``d_s``.
+        teachers, teacher_dims, student_dim: K distinct names; feature sizes ``d_k`` and ``d_s``.
         route: ``"kernel"`` (exact: ``<x (x) y, x' (x) y'> = <x, x'> <y, y'>``, no outer product is
             formed) or ``"sketch"`` (explicit Tensor Sketch vectors; noisier and slower).
-        distance: ``"mmd"`` (unbiased, Gaussian kernels), ``"cka"`` (1 - unbiased CKA, clip by clip)
-            or ``"coral"`` (covariances).
-        mu: weight, in the MMD, of pairs of clips by their labels, see ``loss``; 0 ignores labels.
-        paired: weight, in the MMD, of each clip against its own counterpart (ours). The MMD alone
-            is content with the right vectors on the wrong clips: on a toy problem it took a student
-            from 0.61 (random features) to 0.49, with ``paired=0.3`` to 0.92 without any label.
-        sketch_dim: size of the sketch vectors.
-        seed: of the sketch's hashes.
+        distance: ``"mmd"`` (unbiased, Gaussian kernels), ``"cka"`` or ``"coral"`` (covariances).
+        mu: weight, in the MMD, of pairs of clips by their labels, see :meth:`loss`.
+        paired: weight, in the MMD, of each clip against its own counterpart (ours): the MMD alone
+            is content with the right vectors on the wrong clips.
+        sketch_dim, seed: size and hashes of the sketch.
 
     Raises:
         ValueError: options are unknown, names repeated or sizes do not match the names.
@@ -167,15 +161,10 @@ class RepresentationGraph(nn.Module):
     ) -> Float[Tensor, ""]:
         """Compute ``L_repr = sum_ij v_ij d(r_ij, r^s_ij)``; the unbiased MMD may be below zero.
 
-        MMD alone ignores which clip is which, so pairs of clips count ``1 + mu [y = y']``. Without
-        labels give soft ones, for instance the logits graph's consensus: ``1 + mu <b_n, b_m>``
-        (ours). A batch of one uses the biased MMD; one of fewer than four gives 0 with ``"cka"``.
-
-        Args:
-            student_features: ``[B, d_s]`` pooled features.
-            teacher_features: K tensors ``[B, d_k]``; constants.
-            labels: ``[B]`` integers (-1 unknown), or ``[B, C]`` probabilities, or None.
-            pair_weights: ``[E]`` in the order of ``self.pairs``; a constant.
+        In the MMD pairs of clips count ``1 + mu [y = y']`` by ``labels`` (-1 unknown), or
+        ``1 + mu <b_n, b_m>`` by soft ones ``[B, C]``, such as the logits graph's consensus (ours).
+        ``teacher_features``, K tensors ``[B, d_k]``, and ``pair_weights``, in the order of
+        ``pairs``, are constants. A batch of fewer than four clips gives 0 with ``"cka"``.
         """
         if len(pair_weights) != len(self.pairs):
             raise ValueError(f"{len(pair_weights)} pair weights for {len(self.pairs)} pairs")

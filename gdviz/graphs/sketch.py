@@ -15,9 +15,9 @@ class TensorSketch(nn.Module):
     ``TS(x, y) = irfft(rfft(CS_1 x) * rfft(CS_2 y))`` with count sketches ``CS_s``: entry i goes to
     bin ``hash_s(i)`` with sign ``sign_s(i)``. Then ``E <TS(x, y), TS(x', y')> = <x, x'> <y, y'>``.
 
-    One hash per *slot* (first or second factor), whatever the vector's owner: hashes per teacher
-    would make inner products across pairs of teachers noise. A short vector counts as padded with
-    zeros up to ``max_dim``. The error falls as ``1 / sqrt(sketch_dim)``.
+    One hash per *slot* (first or second factor), not per teacher: inner products across pairs would
+    be noise. A short vector counts as padded with zeros up to ``max_dim``. The error falls as ``1 /
+    sqrt(sketch_dim)``.
     """
 
     hash: Tensor

@@ -65,17 +65,16 @@ class Transport:
 def sinkhorn(
     a: Left, b: Right, cost: Cost, *, eps: float = 0.05, tol: float = 1e-6, max_iter: int = 2000
 ) -> Transport:
-    """Solve a batch of transport problems (Cuturi 2013).
+    """Solve a batch of transport problems (Cuturi 2013); leading shapes broadcast.
 
     The result's ``cost`` is differentiable in ``a`` and ``b``, once; nothing else of it is.
 
     Args:
-        a: non-negative; zeros and one-hot rows are fine.
-        b: likewise; leading shapes broadcast.
+        a, b: non-negative; zeros and one-hot rows are fine.
         cost: symmetric ground cost.
         eps: regularisation, relative to the mean off-diagonal entry of ``cost``.
-        tol: L1 error of the marginals to stop at, at least 8 roundings of the dtype. Keep 1e-6
-            where gradients matter: at 1e-3 the value is good to 1e-4, the gradient only to 20%.
+        tol: L1 error of the marginals to stop at. Keep 1e-6 where gradients matter: at 1e-3 the
+            value is good to 1e-4, the gradient only to 20%.
         max_iter: number of iterations after which to give up, with a :class:`ConvergenceWarning`.
 
     Raises:
@@ -98,9 +97,9 @@ def sinkhorn_divergence(
 ) -> Value:
     """Compute ``S(p, q) = W(p, q) - W(p, p) / 2 - W(q, q) / 2`` (Feydy et al. 2019, eq. 3).
 
-    Zero with zero gradient at ``p = q``, and non-negative whenever ``exp(-D / eps)`` is positive
-    semi-definite (Euclidean, cosine, 0/1 and tree costs are at every eps). Rounding below zero is
-    clamped in the value and left alone in the gradient. Arguments as :func:`sinkhorn`.
+    Non-negative whenever ``exp(-D / eps)`` is positive semi-definite (Euclidean, cosine, 0/1 and
+    tree costs are at every eps). Rounding below zero is clamped in the value, not in the gradient.
+    Arguments as :func:`sinkhorn`.
     """
     options = (cost, eps, tol, max_iter)
     self_p, _ = _operators.self_sinkhorn(_common(p, p, cost)[0], *options)
@@ -124,7 +123,7 @@ class Barycenter:
 
     @cached_property
     def plans(self) -> Float[Tensor, "*batch teachers classes classes"]:
-        """Solve for the plans between ``b`` (rows) and the K teachers (columns), to 1e-7."""
+        """Plans between ``b`` (rows) and the K teachers (columns), to 1e-7."""
         exact = _dtypes.double(self.p.device)
         centre, p = self.distribution[..., None, :].to(exact), self.p.to(exact)
         solved = sinkhorn(centre, p, self.ground, eps=self.eps, tol=1e-7)
@@ -152,9 +151,8 @@ def barycenter(
 ) -> Barycenter:
     """Solve for ``argmin_b sum_k w_k S(b, p_k)`` (Janati et al. 2020, algorithm 1).
 
-    S is the debiased divergence: a barycenter of ``W_eps`` is blurred. Not differentiable, as a
-    consensus is a target. Its L1 error is about ``tol``; a target needs no better than 1e-4.
-    Weights are rescaled to sum 1; other arguments and errors as :func:`sinkhorn`.
+    S is the debiased divergence: a barycenter of ``W_eps`` is blurred. Not differentiable; its L1
+    error is about ``tol``. Weights are rescaled to sum 1; other arguments as :func:`sinkhorn`.
     """
     if weights.shape != p.shape[:-1] or p.shape[-1] != cost.shape[-1]:
         shapes = [tuple(x.shape) for x in (p, weights, cost)]

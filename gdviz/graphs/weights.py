@@ -1,9 +1,8 @@
 """Learned edge weights of the two graphs, from evidence about the teachers (ours).
 
-Not from the distillation loss: minimised over the weights, it picks the teacher that is easiest to
-imitate, and a constant one is easiest of all. The evidence is what a teacher's predictions tell of
-a clip's label, and of what the other teachers predict, *beyond what they would tell of any other
-clip*: a teacher that predicts the same of every clip tells nothing.
+Minimised over the weights, the distillation loss picks the teacher that is easiest to imitate: a
+constant one. The evidence is what a teacher's predictions tell of a clip's label, and of what other
+teachers predict, beyond what they would tell of any other clip: a constant teacher tells nothing.
 """
 
 import math
@@ -33,11 +32,10 @@ def _surplus(probs: Probs, target: Tensor, cost: Cost, base: Tensor | slice) -> 
 def teacher_prior(probs: Probs, labels: Labels, cost: Cost) -> Float[Tensor, " teachers"]:
     """Return ``log prior_k``, with ``prior_k`` in proportion to ``max(0, g_k - se_k)``.
 
-    ``g_k = mean_n <p_nk, D (ybar - y_n)>`` over labelled clips: how much nearer a teacher is to the
-    labels than to those of other clips; ``se_k`` is its standard error. It is zero for a constant
-    teacher, and in proportion to the accuracy above chance of one that is right or guesses, the
-    best weight of a weak voter to first order (Nitzan & Paroush 1982), however weak. A twentieth of
-    the prior is spread evenly; all of it if no teacher is better than its error.
+    ``g_k = mean_n <p_nk, D (ybar - y_n)>`` over labelled clips, ``se_k`` its standard error. For a
+    teacher that is right or guesses, ``g_k`` is in proportion to its accuracy above chance, the
+    best weight of a weak voter to first order (Nitzan & Paroush 1982). A twentieth of the prior is
+    spread evenly; all of it if no teacher is better than its error.
     """
     known, probs = labels >= 0, _dtypes.full(probs)
     skill = probs.new_zeros(probs.shape[1])
@@ -53,11 +51,11 @@ def teacher_prior(probs: Probs, labels: Labels, cost: Cost) -> Float[Tensor, " t
 def evidence(probs: Probs, labels: Labels, cost: Cost, *, alpha: float = 0.5) -> Weights:
     """``c_nk = alpha <p_nk, D (y_n - ybar)> + (1 - alpha) <p_nk, D (b_nk - bbar_k)>``, best if low.
 
-    ``<p, D y>`` is the exact EMD from a prediction to a label; ``b_nk``, what the other teachers
-    predict, averaged by :func:`teacher_prior`, stands for the label. Both are compared with another
-    clip's (bars: mean over labelled clips, or all without labels), as in peer prediction (Dasgupta
-    & Ghosh 2013, Shnayder et al. 2016): the plain distance to the others is smallest for a vague
-    teacher. Labels count where known. ``probs`` must be out of fold; ``alpha`` lies in [0, 1].
+    ``<p, D y>`` is the exact EMD from a prediction to a label, if known; ``b_nk``, the others'
+    predictions averaged by :func:`teacher_prior`, stands for the label. Both are compared with
+    their means over labelled clips (or all without labels), as in peer prediction (Dasgupta & Ghosh
+    2013, Shnayder et al. 2016). ``probs`` must be out of fold. Raises ValueError if ``alpha`` lies
+    outside [0, 1].
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -81,9 +79,10 @@ def _with_floor(weights: Tensor, floor: float) -> Tensor:
 def closed_form(
     c: PerTeacher, *, eta: float, log_prior: Tensor | None = None, floor: float = 0.05
 ) -> PerTeacher:
-    """Return ``argmin_w <w, c> + eta KL(w || prior) = softmax(log prior - c / eta)``, floored.
+    """Return ``argmin_w <w, c> + eta KL(w || prior) = softmax(log prior - c / eta)``.
 
-    The floor ``w <- (1 - floor) w + floor / K`` keeps every teacher heard.
+    It is mixed with ``floor / K``, so that every teacher stays heard. Raises ValueError if eta or
+    the floor cannot be used.
     """
     if not eta > 0:
         raise ValueError(f"eta must be positive, got {eta}")
@@ -129,10 +128,9 @@ def fit_gate(
 ) -> Iterator[Gate]:
     """Yield the gate at its prior, and again after every ``steps`` steps of Adam on labelled clips.
 
-    The loss is ``mean_n -log(sum_k w_nk p_nk[y_n]) + rho KL(mean_n w || prior)``, full batch. Its
-    second term holds the gate to its prior on average; without it a gate fitted on a hundred clips
-    bets on the teacher that was luckiest on them. ``probs`` must be out of fold, or a teacher that
-    has memorised these clips wins. Without labels the gate stays at the prior.
+    The loss is ``mean_n -log(sum_k w_nk p_nk[y_n]) + rho KL(mean_n w || prior)``, full batch;
+    without rho the gate bets on the teacher that was luckiest on a hundred clips. ``probs`` must be
+    out of fold. Without labels the gate stays at the prior.
     """
     known = labels >= 0
     probs, labels = _dtypes.full(probs)[known].detach(), labels[known]
@@ -157,10 +155,10 @@ def fit_gate(
 def pair_alignment(
     pair_grams: Float[Tensor, "pairs clips clips"], labels: Labels
 ) -> Float[Tensor, " pairs"]:
-    """Compute ``CKA(Gram(r_ij), [y = y'])`` on the labelled clips, held-out ones.
+    """Compute the unbiased ``CKA(Gram(r_ij), [y = y'])`` on labelled clips, held-out ones.
 
-    Unbiased, as the biased CKA reads .9 on independent features. 0 with fewer than four labelled
-    clips, or one class only. Gram matrices are those of ``RepresentationGraph.pair_grams``.
+    It is 0 with fewer than four of them, or one class only. For the Gram matrices see
+    ``RepresentationGraph.pair_grams``.
     """
     known = (labels >= 0).nonzero().squeeze(1)
     if len(known) < 4:
