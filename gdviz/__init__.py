@@ -16,19 +16,8 @@ if TYPE_CHECKING:
     from gdviz.teachers.fit import fit_teacher, pretrain
 
 __version__ = "0.1.0"
-__all__ = [
-    "PROFILES",
-    "LogitsGraph",
-    "Profile",
-    "RepresentationGraph",
-    "UserError",
-    "build_graphs",
-    "distill",
-    "fit_teacher",
-    "learn_edges",
-    "load_videos",
-    "pretrain",
-]
+__all__ = ["PROFILES", "LogitsGraph", "Profile", "RepresentationGraph", "UserError", "build_graphs"]
+__all__ += ["distill", "fit_teacher", "learn_edges", "load_videos", "pretrain"]
 _ROOMS = {
     "config": ("PROFILES", "Profile"),
     "core.files": ("UserError",),

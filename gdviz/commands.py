@@ -1,10 +1,11 @@
-"""What ``gdviz run``, ``evaluate``, ``figures`` and ``data check`` do; flags are dataclasses."""
+"""What ``gdviz run``, ``evaluate``, ``figures`` and ``data check`` do; arguments are flags."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -33,74 +34,27 @@ class RunArguments:
     """Train teachers, both graphs and students on videos. Started again, it goes on."""
 
     settings: Annotated[Profile, tyro.conf.arg(name="")] = field(default_factory=Profile)
+    # folder of class sub-folders, or a CSV of path, label, group[, split]; or the embedded data
     data: Path | None = None
-    """folder of class sub-folders, or a CSV of path, label, group[, split]; or the embedded data"""
-    out: Path | None = None
-    """run folder; by default under runs/, named by data and settings"""
-    cache: Path = Path("data")
-    """where decoded videos (and the embedded data) are kept"""
-    workers: int = 0
-    """processes; 0: one a core on a CPU, one on a GPU"""
+    out: Path | None = None  # run folder; by default under runs/, named by data and settings
+    cache: Path = Path("data")  # where decoded videos (and the embedded data) are kept
+    workers: int = 0  # processes; 0: one a core on a CPU, one on a GPU
+    # address of a Dask scheduler, whose machines read and train instead (docs/scale.md)
     cluster: str = ""
-    """address of a Dask scheduler, whose machines read and train instead (docs/scale.md)"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto"""
+    device: str = "auto"  # cpu, cuda, cuda:1, mps, or auto
+    # log every training for TensorBoard, too: tensorboard --logdir DIR
     tensorboard: bool = False
-    """log every training for TensorBoard, too: tensorboard --logdir DIR"""
-
-
-@dataclass(frozen=True)
-class FigureArguments:
-    """Draw the figures of a finished run."""
-
-    run: tyro.conf.Positional[Path]
-    out: Path | None = None
-    """folder; by default figures/ in the run's"""
-
-
-@dataclass(frozen=True)
-class EvaluateArguments:
-    """Print linear probe, retrieval, calibration and accuracy by class of a finished run."""
-
-    run: tyro.conf.Positional[Path]
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto"""
-
-
-@dataclass(frozen=True)
-class CheckArguments:
-    """Tell what is there of UCF101, HMDB51, CCV or a folder of classes, and where the rest is."""
-
-    folder: tyro.conf.Positional[Path]
-    lists: Path | None = None
-    """folder of the official lists, if they are not in the videos' own"""
-    split: int = 1
-    """official split: 1, 2 or 3"""
-    verify: bool = False
-    """decode every file once and list those that are refused; runs use what was found"""
-    csv: Path | None = None
-    """write the clips that are there, for ``gdviz run --data``"""
-    cache: Path = Path("data")
-    """where runs keep decoded videos"""
-    workers: int = 2
-    """decoding processes; with one, a file that kills or hangs its reader ends the check"""
-    cluster: str = ""
-    """address of a Dask scheduler, whose machines decode instead"""
 
 
 def _profile(words: list[str]) -> tuple[Profile, list[str]]:
     """Take ``--profile NAME`` out of the words: the other flags override what it names."""
-    rest, name, left = [], "smoke", iter(words)
-    for word in left:
-        if word == "--profile":
-            name = next(left, "")
-        elif word.startswith("--profile="):
-            name = word.partition("=")[2]
-        else:
-            rest.append(word)
-    if name not in PROFILES:
-        raise UserError(f"--profile {name}: unknown; choose from {', '.join(PROFILES)}")
-    return PROFILES[name], rest
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--profile", default="smoke", nargs="?", const="")
+    known, rest = parser.parse_known_args(words)
+    if known.profile not in PROFILES:
+        choice = f"choose from {', '.join(PROFILES)}"
+        raise UserError(f"--profile {known.profile}: unknown; {choice}")
+    return PROFILES[known.profile], rest
 
 
 def _device(name: str) -> str:
@@ -115,21 +69,19 @@ def _device(name: str) -> str:
 
 def _run(words: list[str]) -> None:
     profile, rest = _profile(words)
-    default = RunArguments(settings=profile)
-    args = tyro.cli(RunArguments, prog="gdviz run", default=default, args=rest)
+    args = tyro.cli(RunArguments, prog="gdviz run", default=RunArguments(profile), args=rest)
     if args.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: is not installed; pip install 'gdviz[tensorboard]'")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: needs 0 or more")
     distributed.start(cpu=args.device == "cpu" or not torch.cuda.is_available())
     if args.cluster and distributed.world() > 1:
-        raise UserError(
-            "--cluster: hands out whole trainings, `torchrun` shares one: choose one of them"
-        )
+        raise UserError("--cluster: hands out whole trainings, `torchrun` shares one: choose one")
     # A machine of a cluster has its own device, and a working directory of its own.
     device = args.device if args.cluster else _device(args.device)
     whole = Path.resolve if args.cluster else Path
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     workers = args.workers or (1 if device != "cpu" else cores)
     folder = args.out or default_folder(args.settings, args.data)
     data, cache = args.data and whole(args.data), whole(args.cache)
@@ -143,46 +95,71 @@ def _run(words: list[str]) -> None:
             print(path)
 
 
-def _figures(words: list[str]) -> None:
-    args = tyro.cli(FigureArguments, prog="gdviz figures", args=words)
-    for path in draw_figures(open_run(args.run), args.out or args.run / "figures"):
+def _figures(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
+    """Draw the figures of a finished run.
+
+    Args:
+        out: folder; by default figures/ in the run's
+    """
+    for path in draw_figures(open_run(run), out or run / "figures"):
         print(path)
 
 
-def _evaluate(words: list[str]) -> None:
-    args = tyro.cli(EvaluateArguments, prog="gdviz evaluate", args=words)
-    print(evaluation(replace(open_run(args.run), device=_device(args.device))))
+def _evaluate(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
+    """Print linear probe, retrieval, calibration and accuracy by class of a finished run.
+
+    Args:
+        device: cpu, cuda, cuda:1, mps, or auto
+    """
+    print(evaluation(replace(open_run(run), device=_device(device))))
 
 
-def _data(words: list[str]) -> None:
-    if words[:1] != ["check"]:
-        raise UserError(f"data {' '.join(words[:1])}: unknown; there is `gdviz data check DIR`")
-    args = tyro.cli(CheckArguments, prog="gdviz data check", args=words[1:])
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder}: no such folder")
-    official = read_official(args.folder, lists=args.lists, split=args.split)
-    if official is None and args.lists:
-        raise UserError(f"--lists {args.lists}: holds the lists of none of {', '.join(SOURCES)}")
+def _check(
+    folder: tyro.conf.Positional[Path],
+    lists: Path | None = None,
+    split: int = 1,
+    verify: bool = False,
+    csv: Path | None = None,
+    cache: Path = Path("data"),
+    workers: int = 2,
+    cluster: str = "",
+) -> None:
+    """Tell what is there of UCF101, HMDB51, CCV or a folder of classes, and where the rest is.
+
+    Args:
+        lists: folder of the official lists, if they are not in the videos' own
+        split: official split: 1, 2 or 3
+        verify: decode every file once and list those that are refused; runs use what was found
+        csv: write the clips that are there, for ``gdviz run --data``
+        cache: where runs keep decoded videos
+        workers: decoding processes; with one, a file that kills or hangs its reader ends the check
+        cluster: address of a Dask scheduler, whose machines decode instead
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    official = read_official(folder, lists=lists, split=split)
+    if official is None and lists:
+        raise UserError(f"--lists {lists}: holds the lists of none of {', '.join(SOURCES)}")
     if official:
         print(describe(official))
         gone = set(official.missing)
         clips = [clip for clip in official.clips if clip not in gone]
     else:
-        clips = read_folder(args.folder)
+        clips = read_folder(folder)
         for label, count in sorted(Counter(c.label or "(unlabelled)" for c in clips).items()):
             print(f"{label}: {count} videos")
     refused = 0
-    if args.verify:
-        workers = Cluster(args.cluster) if args.cluster else args.workers
-        index = args.cache / "cache" / "verified.sqlite"
-        found = verified([clip.path for clip in clips], index, workers=workers)
+    if verify:
+        index = cache / "cache" / "verified.sqlite"
+        by = Cluster(cluster) if cluster else workers
+        found = verified([clip.path for clip in clips], index, workers=by)
         for clip, reason in zip(clips, found, strict=True):
             if isinstance(reason, str):
                 print(f"refused {clip.path}: {reason}")
                 refused += 1
         print(f"{len(clips) - refused} of {len(clips)} videos can be read")
-    if args.csv:
-        save_list(clips, args.csv)
+    if csv:
+        save_list(clips, csv)
     if refused or (official and official.missing):
         sys.exit(1)
 
@@ -193,10 +170,17 @@ def _stop(signum: int, *_: object) -> None:
 
 def execute(command: str, words: list[str]) -> None:
     """Do what a command says; exit with 1 and one line on what the user can mend."""
-    commands = {"run": _run, "evaluate": _evaluate, "figures": _figures, "data": _data}
     signal.signal(signal.SIGTERM, _stop)
     try:
-        commands[command](words)
+        if command == "run":
+            _run(words)
+            return
+        if command == "data":
+            command, words = " ".join(["data", *words[:1]]), words[1:]
+        commands = {"evaluate": _evaluate, "figures": _figures, "data check": _check}
+        if command not in commands:
+            raise UserError(f"{command}: unknown; there is `gdviz data check DIR`")
+        tyro.cli(commands[command], prog=f"gdviz {command}", args=words)
     except (UserError, WorkerDied, ValueError, FloatingPointError) as error:
         sys.exit(f"gdviz: {error}")
     except KeyboardInterrupt as stop:

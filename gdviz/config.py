@@ -1,4 +1,8 @@
-"""What a run is made of, as frozen dataclasses, and profiles. The fields are command-line flags."""
+"""What a run is made of, as frozen dataclasses, and profiles.
+
+The fields are command-line flags, and the comments beside them their help. One above a field is
+the help of all that follow without a comment of their own.
+"""
 
 from __future__ import annotations
 
@@ -29,36 +33,26 @@ class Range:
 Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
 Several = Annotated[int, Range(2)]
+Size = Annotated[int, Range(8)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # what scikit-learn takes
 Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, below=True)]
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 
-METHODS = (
-    "labels",
-    "kd-best",
-    "kd-uniform",
-    "logits-graph",
-    "representation-graph",
-    "both-graphs",
-    "both-shuffled",
-)
+GRAPHS = ("logits-graph", "representation-graph", "both-graphs", "both-shuffled")
+METHODS = ("labels", "kd-best", "kd-uniform", *GRAPHS)
 
 
 @dataclass(frozen=True)
 class MotionData:
     """The embedded data set: videos per class in each part."""
 
-    labelled: Several = 7
-    """labelled training videos per class"""
-    unlabelled: Natural = 84
-    """unlabelled training videos per class"""
-    test: Count = 80
-    """test videos per class"""
-    size: Annotated[int, Range(8)] = 64
-    """side of a video, in pixels"""
-    frames: Several = 24
-    """frames of a video"""
+    labelled: Several = 7  # labelled training videos per class
+    unlabelled: Natural = 84  # unlabelled training videos per class
+    test: Count = 80  # test videos per class
+    size: Size = 64  # side of a video, in pixels
+    frames: Several = 24  # frames of a video
     seed: Seed = 2018
 
 
@@ -66,16 +60,12 @@ class MotionData:
 class View:
     """How a video becomes the clips that networks see."""
 
-    size: Annotated[int, Range(8)] = 24
-    """videos are resized to a square of this side, in pixels"""
-    frames: Several = 24
-    """frames kept of each video, spread evenly over it"""
-    length: Several = 8
-    """frames of a clip"""
-    stride: Count = 2
-    """kept frames from one frame of a clip to the next"""
+    size: Size = 24  # videos are resized to a square of this side, in pixels
+    frames: Several = 24  # frames kept of each video, spread evenly over it
+    length: Several = 8  # frames of a clip
+    stride: Count = 2  # kept frames from one frame of a clip to the next
+    # clips of a video, spread evenly over it, over which reading out and testing average
     clips: Count = 3
-    """clips of a video, spread evenly over it, over which reading out and testing average"""
 
 
 @dataclass(frozen=True)
@@ -83,61 +73,51 @@ class Schedule:
     """One training: AdamW, linear warm-up, then a cosine to zero; and how to compute it."""
 
     epochs: Count
-    batch: Several = 64
-    """clips of a step, those of all processes together"""
+    batch: Several = 64  # clips of a step, those of all processes together
     lr: Positive = 3e-3
     weight_decay: Weight = 1e-3
+    # least steps of an epoch: sixty videos are not learned in one step an epoch
     min_steps: Count = 5
-    """least steps of an epoch: sixty videos are not learned in one step an epoch"""
-    warmup: Share = 0.1
-    """share of the training over which the learning rate rises"""
-    clip: Weight = 0.0
-    """largest norm of a step's gradient; 0: any"""
-    ema: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """the result is a moving average of the weights with this decay; 0: the last weights"""
+    warmup: Share = 0.1  # share of the training over which the learning rate rises
+    clip: Weight = 0.0  # largest norm of a step's gradient; 0: any
+    # the result is a moving average of the weights with this decay; 0: the last weights
+    ema: Decay = 0.0
+    # parts of a batch computed in turn, which takes less memory; graph losses see one at a time
     accumulate: Count = 1
-    """parts of a batch computed in turn, which takes less memory; graph losses see one at a time"""
+    # of convolutions and matrix products, where lower than float32; graph losses keep float32
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """of convolutions and matrix products, where lower than float32; graph losses keep float32"""
-    compile: bool = False
-    """compile the backbones; pays on GPUs"""
+    compile: bool = False  # compile the backbones; pays on GPUs
 
 
 @dataclass(frozen=True)
 class Teachers:
     """Pre-training and fitting of the teachers."""
 
+    # pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own (docs/own.md)
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
-    """pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own
-    (docs/own.md)"""
+    # each teacher sees time at its own scale: kept frames from one frame of a clip to the next
     strides: tuple[Count, ...] = (2, 2, 1, 2)
-    """each teacher sees time at its own scale: kept frames from one frame of a clip to the next"""
-    backbone: str = "tiny16m"
+    backbone: str = "tiny16m"  # network of the teachers
+    # training on the pretext task
     pretrain: Schedule = Schedule(epochs=10, batch=32, min_steps=20)
-    fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)
-    """fitting on the labelled part"""
+    fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)  # fitting on the labelled part
+    # cross-fitting folds: a labelled clip is judged by a teacher that has not seen its label
     folds: Several = 3
-    """cross-fitting folds: a labelled clip is judged by a teacher that has not seen its label"""
 
 
 @dataclass(frozen=True)
 class Edges:
     """How edge weights are learned from evidence about the teachers."""
 
+    # temperature of the closed form over teachers, in units of the mean ground cost
     eta: Positive = 0.2
-    """temperature of the closed form over teachers, in units of the mean ground cost"""
-    eta_pairs: Positive = 0.1
-    """temperature over pairs of teachers, in units of CKA"""
-    floor: Share = 0.05
-    """share of the weight spread evenly, so that every teacher stays heard"""
-    refreshes: Count = 8
-    """moments of a training at which the weights are learned anew"""
-    gate_steps: Natural = 10
-    """steps of the gate between two moments"""
+    eta_pairs: Positive = 0.1  # temperature over pairs of teachers, in units of CKA
+    floor: Share = 0.05  # share of the weight spread evenly, so that every teacher stays heard
+    refreshes: Count = 8  # moments of a training at which the weights are learned anew
+    gate_steps: Natural = 10  # steps of the gate between two moments
+    # how much the gate is held to its prior, what the labels say of each teacher on average
     rho: Weight = 1.0
-    """how much the gate is held to its prior, what the labels say of each teacher on average"""
-    alpha: Share = 0.5
-    """share of the label-based term in a labelled clip's evidence"""
+    alpha: Share = 0.5  # share of the label-based term in a labelled clip's evidence
 
 
 @dataclass(frozen=True)
@@ -146,40 +126,37 @@ class Distillation:
 
     student: str = "tiny8n"
     schedule: Schedule = Schedule(epochs=24, batch=32, lr=1e-2, min_steps=20)
+    # labelled clips a step, beside schedule.batch clips of the whole training part
     labelled_batch: Count = 8
-    """labelled clips a step, beside schedule.batch clips of the whole training part"""
+    # students learn what teachers say of a video on average, or of the very clip
     target: Literal["video", "clip"] = "video"
-    """students learn what teachers say of a video on average, or of the very clip"""
-    temperature: Positive = 1.0
-    eps: Positive = 0.3
-    """entropic regularisation, relative to the mean ground cost"""
+    temperature: Positive = 1.0  # of the softmax of teachers and student
+    eps: Positive = 0.3  # entropic regularisation, relative to the mean ground cost
+    # share of the 0/1 cost in the ground cost: with none, confusing alike classes is cheap
     cost_shrink: Share = 0.5
-    """share of the 0/1 cost in the ground cost: with none, confusing alike classes is cheap"""
-    beta: Weight = 1.0
-    """weight of the consensus in the logits graph"""
+    beta: Weight = 1.0  # weight of the consensus in the logits graph
+    # gradient norm of the logits graph relative to that of the cross-entropy
     logits_scale: Weight = 1.0
-    """gradient norm of the logits graph relative to that of the cross-entropy"""
+    # gradient norm of the representation graph relative to that of the cross-entropy
     representation_scale: Weight = 1.0
-    """gradient norm of the representation graph relative to that of the cross-entropy"""
+    # between the teachers' pair vertices and the student's
     distance: Literal["mmd", "cka", "coral"] = "mmd"
-    """between the teachers' pair vertices and the student's"""
-    edges: Edges = Edges()
+    edges: Edges = Edges()  # how edge weights are learned from evidence about the teachers
 
 
 @dataclass(frozen=True)
 class Profile:
     """A whole run."""
 
-    motion: MotionData = MotionData()
-    """the embedded data; unused with --data"""
+    motion: MotionData = MotionData()  # the embedded data; unused with --data
     view: View = View()
+    # decoded videos are kept as raw pixels (fastest), JPEG frames (a fifth of the bytes) or small
+    # H.264 files (a thirtieth)
     storage: Literal["memmap", "jpeg", "transcode"] = "memmap"
-    """decoded videos are kept as raw pixels (fastest), JPEG frames (a fifth of the bytes) or
-    small H.264 files (a thirtieth)"""
-    teachers: Teachers = Teachers()
-    distillation: Distillation = Distillation()
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    methods: tuple[str, ...] = METHODS
+    teachers: Teachers = Teachers()  # pre-training and fitting of the teachers
+    distillation: Distillation = Distillation()  # training of the student through the graphs
+    seeds: tuple[Seed, ...] = (0, 1, 2)  # all is trained once a seed
+    methods: tuple[str, ...] = METHODS  # students, one each; MODULE:NAME: a method of your own
 
     def view_of(self, task: str) -> View:
         """The teacher's own view."""
@@ -189,31 +166,20 @@ class Profile:
 def _profiles() -> dict[str, Profile]:
     smoke = Profile()
     # A laptop's twenty minutes: longer training, and plain distillation from every teacher.
-    workshop = replace(
-        smoke,
-        teachers=replace(smoke.teachers, pretrain=Schedule(epochs=20, batch=32, min_steps=20)),
-        distillation=replace(
-            smoke.distillation,
-            schedule=Schedule(epochs=40, batch=32, lr=1e-2, min_steps=20),
-            labelled_batch=16,
-        ),
-        methods=(*METHODS, *(f"kd-{task}" for task in smoke.teachers.tasks)),
+    longer = replace(smoke.teachers, pretrain=replace(smoke.teachers.pretrain, epochs=20))
+    more = replace(smoke.distillation.schedule, epochs=40)
+    workshop = Profile(
+        teachers=longer,
+        distillation=Distillation(schedule=more, labelled_batch=16),
+        methods=(*METHODS, *(f"kd-{task}" for task in longer.tasks)),
     )
+    long = Schedule(200, 64, lr=1e-3, weight_decay=0.05, clip=1.0, precision="bf16")
+    fit, student = replace(long, epochs=60, batch=32, lr=5e-4), replace(long, lr=2e-3)
     paper = Profile(
         view=View(size=112, frames=64, length=16, stride=2),
-        teachers=Teachers(
-            backbone="r3d_18",
-            pretrain=Schedule(
-                epochs=200, batch=64, lr=1e-3, weight_decay=0.05, clip=1.0, precision="bf16"
-            ),
-            fit=Schedule(
-                epochs=60, batch=32, lr=5e-4, weight_decay=0.05, clip=1.0, precision="bf16"
-            ),
-        ),
+        teachers=Teachers(backbone="r3d_18", pretrain=long, fit=fit),
         distillation=Distillation(
-            "tiny32n",
-            Schedule(epochs=200, batch=64, lr=2e-3, weight_decay=0.02, clip=1.0, precision="bf16"),
-            labelled_batch=16,
+            "tiny32n", replace(student, weight_decay=0.02), labelled_batch=16
         ),
     )
     return {"smoke": smoke, "workshop": workshop, "paper": paper}

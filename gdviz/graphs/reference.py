@@ -45,8 +45,8 @@ def pairwise_matching_cost(
 ) -> Value:
     """Compute ``sum_{i<j} e_ij S(p_i, p_j)``; ``e`` is 1 by default.
 
-    As eps goes to 0, a lower bound of the joint matching for ``sum_{i<j} e_ij D[y_i, y_j]``, as each
-    pair of its coupling is a coupling of two marginals; about 1% below on average.
+    As eps goes to 0, a lower bound of joint matching for ``sum_{i<j} e_ij D[y_i, y_j]``: each pair
+    of its coupling is a coupling of two marginals. It is about 1% below on average.
     """
     teachers = probs.shape[-2]
     i, j = torch.triu_indices(teachers, teachers, offset=1, device=probs.device)
