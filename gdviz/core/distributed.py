@@ -1,8 +1,7 @@
 """The processes that ``torchrun`` starts, which train one network together.
 
-A batch is dealt out like cards: rank r of w takes clips r, r + w, r + 2w, ... What a pretext task
-does with the first half of a batch it then does with the first half of every part, and
-:func:`gather` restores the order of the batch. With one process nothing here changes anything.
+A batch is dealt out like cards: rank r of w takes clips r, r + w, r + 2w, ..., and :func:`gather`
+restores the order of the batch. With one process nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -73,10 +72,7 @@ def synchronise(module: nn.Module) -> None:
 
 
 def deal(rows: Tensor) -> Tensor:
-    """Return this rank's part of a batch; raise UserError if parts would differ in size.
-
-    Their mean losses would then not average to the batch's.
-    """
+    """Return this rank's part of a batch; raise UserError if it cannot be dealt out evenly."""
     if len(rows) % world():
         problem = f"{len(rows)} clips cannot be dealt out evenly to {world()} processes"
         raise UserError(f"{problem}; choose another batch or number of processes")
@@ -110,8 +106,7 @@ class _Gather(torch.autograd.Function):
 def gather(x: Float[Tensor, "part ..."]) -> Float[Tensor, "batch ..."]:
     """Return the batch in its order; the gradient of a part is the sum of all ranks' gradients.
 
-    A loss of the batch, which every rank computes, then counts once a rank, and once in all after
-    :func:`average_gradients`.
+    The batch's loss, which every rank computes, counts once after :func:`average_gradients`.
     """
     return _Gather.apply(x) if world() > 1 else x
 

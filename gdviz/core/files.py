@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,8 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-REMAKE = "have it made again"
 
 
 class UserError(Exception):
@@ -48,11 +47,11 @@ def atomic(path: Path | str) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _json(value: Any, **options: Any) -> str:
-    def simpler(x: Any) -> Any:
-        return vars(x) if is_dataclass(x) else str(x)
+def _simpler(x: Any) -> Any:
+    return vars(x) if is_dataclass(x) else os.fspath(x)
 
-    return json.dumps(value, default=simpler, **options)
+
+_json = partial(json.dumps, default=_simpler)
 
 
 def plain(value: Any) -> Any:
@@ -93,7 +92,12 @@ def save_jsonl(path: Path | str, rows: list[dict[str, Any]]) -> None:
         temporary.write_text("".join(_json(row) + "\n" for row in rows))
 
 
-def _load(path: Path | str, read: Callable[[Path], Any], wrong: str, advice: str) -> Any:
+def _load(
+    path: Path | str,
+    read: Callable[[Path], Any],
+    wrong: str = "not JSON",
+    advice: str = "have it made again",
+) -> Any:
     """Return what ``read`` makes of a file; raise UserError when it is missing or wrong."""
     try:
         return read(Path(path))
@@ -107,16 +111,12 @@ def _load(path: Path | str, read: Callable[[Path], Any], wrong: str, advice: str
 
 def load_json(path: Path | str) -> Any:
     """Raise UserError when the file is missing or is not JSON."""
-    return _load(path, lambda file: json.loads(file.read_text()), "not JSON", REMAKE)
+    return _load(path, lambda file: json.loads(file.read_text()))
 
 
 def load_jsonl(path: Path | str) -> list[dict[str, Any]]:
     """Raise UserError when the file is missing or a line of it is not JSON."""
-
-    def read(file: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-
-    return _load(path, read, "not JSON", REMAKE)
+    return _load(path, lambda file: [json.loads(row) for row in file.read_text().splitlines()])
 
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> None:
@@ -129,7 +129,7 @@ def save_tensors(path: Path | str, tensors: dict[str, Tensor], **meta: Any) -> N
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
     """Raise UserError when the file is missing or damaged."""
-    return _load(path, load_file, "damaged", REMAKE)
+    return _load(path, load_file, "damaged")
 
 
 def meta_of(path: Path | str) -> dict[str, Any]:

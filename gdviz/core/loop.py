@@ -192,13 +192,10 @@ def train(
     generator, see :mod:`gdviz.core.distributed`; batch norm sees all ranks on GPUs only.
 
     Args:
-        module: holds every parameter that is trained, and no other.
+        module: holds every parameter that is trained, and no other; initialised.
         step: (rows [b], generator, epoch) -> (loss, numbers to log), for a batch or part of it.
         rows: what to draw batches from.
-        schedule: epochs, batch, learning rate, and how to compute.
-        seed: of batches and views; initialise the module before.
         compiled: modules to compile if ``schedule.compile``.
-        keep: checkpoint, progress bar and TensorBoard.
 
     Raises:
         UserError: fp16 on a CPU, or a damaged checkpoint.

@@ -97,8 +97,7 @@ def iterate(
 ) -> tuple[list[Tensor], Tensor, int]:
     """Run ``step(marginals, state, relax)`` on columns and drop those whose error is below tol.
 
-    The last axis of every tensor counts problems. A step returns the new state and, where ``relax``
-    is 1, the errors. Returns the final state, the errors and the number of iterations.
+    A step returns the state and, if ``relax`` is 1, the errors. Returns them and the iterations.
     """
     result, iteration = [torch.empty_like(s) for s in state], 0
     error = state[0].new_zeros(state[0].shape[-1])
@@ -224,7 +223,7 @@ def solve_self(
 ) -> tuple[Tensor, Tensor]:
     """Solve W_eps(p, p) by ``u <- sqrt(u / K (p u))`` (Feydy et al. 2019, eq. 25).
 
-    The error halves at every step, whatever the marginal. Returns value and potential.
+    The error halves at every step. Returns value and potential.
     """
     kernel = Kernel(cost, eps, p.dtype)
 

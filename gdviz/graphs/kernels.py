@@ -80,12 +80,10 @@ def mmd2(
 ) -> Value:
     """``sum_{n != m} o_nm (k(x_n, x_m) + k(y_n, y_m) - 2 k(x_n, y_m)) / sum_{n != m} o_nm``.
 
-    The U-statistic of Gretton et al. 2012, lemma 6 and eq. 4: zero on identical samples, of mean
-    zero when the distributions agree, so sometimes negative. ``biased`` counts ``n = m`` too (never
-    negative), as is always done at N = 1. ``pair_weights`` ``o = 1 + mu [y = y']``, or
-    ``1 + mu <b, b'>`` with soft labels, compare joint distributions of feature and label (ours).
-    Taking the clip for its own label adds ``paired mean_n (k(x_n, x_n) + k(y_n, y_n) - 2 k(x_n,
-    y_n))`` (ours).
+    The U-statistic of Gretton et al. 2012, lemma 6 and eq. 4, sometimes negative; ``biased``, and N
+    = 1, count ``n = m`` too. ``pair_weights`` o by labels, see :func:`label_pair_weights`, compare
+    joint distributions of feature and label (ours). Taking the clip for its own label adds
+    ``paired mean_n (k(x_n, x_n) + k(y_n, y_n) - 2 k(x_n, y_n))`` (ours).
     """
     clips = kxx.shape[-1]
     o = kxx.new_ones(clips, clips) if pair_weights is None else pair_weights

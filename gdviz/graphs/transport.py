@@ -44,11 +44,11 @@ def _common(a: Tensor, b: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Transport:
-    """A solved batch of transport problems."""
+    """A solved batch of transport problems; ``f`` and ``g`` are the potentials of a and b."""
 
     cost: Value  # regularised: <f, a> + <g, b>
-    f: Probs  # potential of a, the gradient of the cost by a
-    g: Probs  # potential of b
+    f: Probs
+    g: Probs
     error: Value  # L1 distance of the plan's marginals from a and b (upper bound)
     converged: Bool[Tensor, ""]  # every error is below the tolerance
     a: Probs
@@ -73,8 +73,7 @@ def sinkhorn(
         a, b: non-negative; zeros and one-hot rows are fine.
         cost: symmetric ground cost.
         eps: regularisation, relative to the mean off-diagonal entry of ``cost``.
-        tol: L1 error of the marginals to stop at. Keep 1e-6 where gradients matter: at 1e-3 the
-            value is good to 1e-4, the gradient only to 20%.
+        tol: L1 error of the marginals to stop at: with 1e-3 the gradient is good to 20% only.
         max_iter: number of iterations after which to give up, with a :class:`ConvergenceWarning`.
 
     Raises:

@@ -34,8 +34,8 @@ def teacher_prior(probs: Probs, labels: Labels, cost: Cost) -> Float[Tensor, " t
 
     ``g_k = mean_n <p_nk, D (ybar - y_n)>`` over labelled clips, ``se_k`` its standard error. For a
     teacher that is right or guesses, ``g_k`` is in proportion to its accuracy above chance, the
-    best weight of a weak voter to first order (Nitzan & Paroush 1982). A twentieth of the prior is
-    spread evenly; all of it if no teacher is better than its error.
+    best weight of a weak voter (Nitzan & Paroush 1982). A twentieth of the prior is spread evenly;
+    all of it if no teacher is better than its error.
     """
     known, probs = labels >= 0, _dtypes.full(probs)
     skill = probs.new_zeros(probs.shape[1])
@@ -54,8 +54,7 @@ def evidence(probs: Probs, labels: Labels, cost: Cost, *, alpha: float = 0.5) ->
     ``<p, D y>`` is the exact EMD from a prediction to a label, if known; ``b_nk``, the others'
     predictions averaged by :func:`teacher_prior`, stands for the label. Both are compared with
     their means over labelled clips (or all without labels), as in peer prediction (Dasgupta & Ghosh
-    2013, Shnayder et al. 2016). ``probs`` must be out of fold. Raises ValueError if ``alpha`` lies
-    outside [0, 1].
+    2013, Shnayder et al. 2016). ``probs`` must be out of fold.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
@@ -81,8 +80,7 @@ def closed_form(
 ) -> PerTeacher:
     """Return ``argmin_w <w, c> + eta KL(w || prior) = softmax(log prior - c / eta)``.
 
-    It is mixed with ``floor / K``, so that every teacher stays heard. Raises ValueError if eta or
-    the floor cannot be used.
+    It is mixed with ``floor / K``: every teacher stays heard. ValueError if it cannot be.
     """
     if not eta > 0:
         raise ValueError(f"eta must be positive, got {eta}")
@@ -157,8 +155,7 @@ def pair_alignment(
 ) -> Float[Tensor, " pairs"]:
     """Compute the unbiased ``CKA(Gram(r_ij), [y = y'])`` on labelled clips, held-out ones.
 
-    It is 0 with fewer than four of them, or one class only. For the Gram matrices see
-    ``RepresentationGraph.pair_grams``.
+    0 with fewer than four of them, or one class only. See ``RepresentationGraph.pair_grams``.
     """
     known = (labels >= 0).nonzero().squeeze(1)
     if len(known) < 4:
