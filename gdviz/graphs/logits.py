@@ -59,14 +59,11 @@ class LogitsGraph(nn.Module):
             raise ValueError(f"need temperature > 0 and beta >= 0, got {temperature} and {beta}")
         _check_definite(check_cost(cost), eps)
         self.teachers, self.beta, self.temperature = tuple(teachers), beta, temperature
-        self.solver = {"eps": eps, "tol": tol, "max_iter": max_iter}
+        self.solver: dict[str, Any] = {"eps": eps, "tol": tol, "max_iter": max_iter}
+        # the arguments, as JSON holds them, but the cost, which is in ``state_dict``
+        self.settings = {"teachers": list(teachers), "beta": beta, "temperature": temperature}
+        self.settings |= self.solver
         self.register_buffer("cost", cost.detach().clone())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments, as JSON holds them, but the cost, which is in ``state_dict``."""
-        options = {"beta": self.beta, "temperature": self.temperature, **self.solver}
-        return {"teachers": list(self.teachers), **options}
 
     def _check(self, teacher_probs: Tensor, weights: Tensor) -> None:
         expected = (len(teacher_probs), len(self.teachers), len(self.cost))

@@ -75,8 +75,11 @@ class RepresentationGraph(nn.Module):
         if route not in ("kernel", "sketch") or distance not in kernels.DISTANCES:
             raise ValueError(f"unknown route {route!r} or distance {distance!r}")
         self.teachers, self.teacher_dims = tuple(teachers), list(teacher_dims)
-        self.student_dim, self.route, self.distance = student_dim, route, distance
-        self.mu, self.paired, self.sketch_dim, self.seed = mu, paired, sketch_dim, seed
+        self.route, self.distance, self.mu, self.paired = route, distance, mu, paired
+        # the arguments, as JSON holds them
+        self.settings = {"teachers": list(teachers), "teacher_dims": list(teacher_dims)}
+        self.settings |= {"student_dim": student_dim, "route": route, "distance": distance}
+        self.settings |= {"mu": mu, "paired": paired, "sketch_dim": sketch_dim, "seed": seed}
         self.pairs = tuple(combinations(range(len(teachers)), 2)) or ((0, 0),)
         self.names = tuple(f"{teachers[i]}+{teachers[j]}" for i, j in self.pairs)
         self.adapters = nn.ModuleList(nn.Linear(student_dim, d, bias=False) for d in teacher_dims)
@@ -85,13 +88,6 @@ class RepresentationGraph(nn.Module):
             self.register_buffer(f"std_{k}", torch.ones(d))
         if route == "sketch":
             self.sketch = TensorSketch(max(teacher_dims) + 1, sketch_dim, seed=seed)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Constructor arguments, as JSON holds them."""
-        names = ("student_dim", "route", "distance", "mu", "paired", "sketch_dim", "seed")
-        options = {name: getattr(self, name) for name in names}
-        return {"teachers": list(self.teachers), "teacher_dims": self.teacher_dims} | options
 
     def reset_adapters(self) -> None:
         """Draw the adapters anew, in their order, as at construction."""
