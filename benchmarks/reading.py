@@ -1,5 +1,5 @@
 """How fast clips are read, from files and from the caches, per second of CPU time, against plain
-forms of the same.
+forms of the same, and decord (``pip install decord``).
 
     python benchmarks/reading.py VIDEOS [--rounds 5] [--size 112] [--index-rows 1000000]
 
@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader
 
 from gdviz.config import View
 from gdviz.core.files import save_json
-from gdviz.data.cache import KINDS, open_cache, shard_size
-from gdviz.data.listing import Clip
-from gdviz.data.reading import EXTENSIONS, VideoInfo, frames_of
+from gdviz.data.cache import KINDS, Cache, open_cache, shard_size
+from gdviz.data.listing import Video
+from gdviz.data.reading import EXTENSIONS, VERSION, VideoInfo, frames_of
 from gdviz.data.verified import INSERT, TABLE, verified
 from gdviz.data.videos import VideoSet, open_videos
 
@@ -106,11 +106,6 @@ def from_files(
                 decord.VideoReader(str(path), num_threads=1).get_batch(index).asnumpy()
             )
         ),
-        "PyAV, verified": by(
-            lambda path, index: np.stack(
-                list(frames_of(path, index, replace(known[path], by_decord=0)))
-            )
-        ),
     }
     if size:
         ways |= {
@@ -131,7 +126,7 @@ def from_files(
 def caches_of(paths: list[Path], folder: Path, size: int, frames: int = 64) -> dict[str, VideoSet]:
     clips, sets = (
         [
-            Clip(path, "ab"[i % 2], str(i), ("train", "train", "test")[i % 3])
+            Video(path, "ab"[i % 2], str(i), ("train", "train", "test")[i % 3])
             for i, path in enumerate(paths)
         ],
         {},
@@ -199,15 +194,14 @@ def many_rows(caches: dict[str, VideoSet], folder: Path, counts: Iterable[int]) 
             save_json(
                 home / "index.json",
                 {
-                    "fingerprint": "many",
+                    "fingerprint": home.name,
                     "skipped": dict.fromkeys(range(0, count, 100), "is not there"),
                 },
             )
             tracemalloc.start()
             start = time.perf_counter()
-            pixels, _, _ = open_cache(
-                home, View(size=shape[2], frames=shape[1]), kind, "many", count
-            )
+            pixels = Cache(home, kind, shape)
+            open_cache(pixels)
             opened, grown = time.perf_counter() - start, tracemalloc.get_traced_memory()[1] / 1e6
             tracemalloc.stop()
             print(
@@ -244,12 +238,18 @@ def index_of(folder: Path, rows: int) -> None:
     db = sqlite3.connect(folder / "verified.sqlite")
     db.execute(TABLE)
     keys = tuple((12 * k, 12 * k) for k in range(1, 5))
-    verdict = json.dumps(asdict(VideoInfo(200, 320, 240, 25.0, 300_000, 0, 200, keys)))
+    verdict = json.dumps(asdict(VideoInfo(200, 320, 240, 25.0, 300_000, 0, keys)))
     with db:
         db.executemany(
             INSERT,
             (
-                (f"/data/videos/class{i % 400}/video{i:08d}.mp4", 300_000, 10**18 + i, 1, verdict)
+                (
+                    f"/data/videos/class{i % 400}/video{i:08d}.mp4",
+                    300_000,
+                    10**18 + i,
+                    VERSION,
+                    verdict,
+                )
                 for i in range(rows)
             ),
         )

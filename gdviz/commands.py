@@ -143,7 +143,7 @@ def _check(
     if official:
         print(describe(official))
         gone = set(official.missing)
-        clips = [clip for clip in official.clips if clip not in gone]
+        clips = [clip for clip in official.videos if clip not in gone]
     else:
         clips = read_folder(folder)
         for label, count in sorted(Counter(c.label or "(unlabelled)" for c in clips).items()):

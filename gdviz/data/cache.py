@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
 from operator import attrgetter
@@ -28,7 +28,7 @@ from gdviz.core.files import UserError, atomic, load_json, save_json
 from gdviz.core.processes import Lost, over_processes
 from gdviz.data._encode import encode
 from gdviz.data.reading import DamagedVideo, frames_of, read_square, verify
-from gdviz.data.verified import Verdict, from_json, stat, to_json
+from gdviz.data.verified import Verdict, from_json, patience, to_json
 
 # Few videos in a shard keep all cores busy on small sets; few shards can all stay open.
 SHARD, SHARDS = 16, 4096
@@ -43,23 +43,21 @@ def shard_size(count: int) -> int:
     return max(SHARD, -(-count // SHARDS))
 
 
-# A kind of cache estimates the bytes of a video of a shape [f, h, w, 3], writes some videos into a
-# folder, and reads frames of one of them.
+# A kind of cache writes videos of a shape [f, h, w, 3] into a folder, and reads frames of one of
+# them. BYTES estimates what it takes: for a video, for each frame, for each value of it.
 
 
 class Memmap:
     """Raw pixels: the fastest, and the largest."""
 
-    @staticmethod
-    def estimate(shape: Shape) -> float:
-        return float(np.prod(shape))
+    BYTES = (0, 0, 1)
 
     @staticmethod
     def write(folder: Path, videos: Videos, shape: Shape) -> None:
         # Written, not mapped: a full disk is an error here, and a crash inside a memory map.
         with open(folder / "pixels.u8", "wb") as file:
             for video in videos:
-                file.write(np.zeros(shape, np.uint8) if video is None else video)
+                file.write((np.zeros(shape, np.uint8) if video is None else video).tobytes())
 
     def __init__(self, folder: Path, shape: Shape) -> None:
         pixels = np.memmap(folder / "pixels.u8", np.uint8, "r")
@@ -75,17 +73,15 @@ def to_jpeg(frame: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def from_jpeg(data: bytes | np.ndarray) -> np.ndarray:
+def from_jpeg(data: np.ndarray) -> np.ndarray:
     """Raise OSError where the bytes are no JPEG."""
-    return np.asarray(Image.open(BytesIO(data), formats=["JPEG"]))
+    return np.asarray(Image.open(BytesIO(data.tobytes()), formats=["JPEG"]))
 
 
 class Jpeg:
     """One JPEG a frame: a fifth of the bytes; only the frames asked for are decoded."""
 
-    @staticmethod
-    def estimate(shape: Shape) -> float:
-        return float(shape[0] * (700 + 0.22 * np.prod(shape[1:])))
+    BYTES = (0, 700, 0.22)
 
     @staticmethod
     def write(folder: Path, videos: Videos, shape: Shape) -> None:
@@ -110,14 +106,9 @@ class Jpeg:
 
 
 class Transcode:
-    """One H.264 file a video, of short groups of pictures, no B-frames: a thirtieth of the bytes.
+    """One H.264 file a video, of short groups of pictures: a thirtieth of the bytes."""
 
-    Verified as any file is, then read by PyAV, which opens small files in half of decord's time.
-    """
-
-    @staticmethod
-    def estimate(shape: Shape) -> float:
-        return float(1500 + shape[0] * (100 + 0.04 * np.prod(shape[1:])))
+    BYTES = (1500, 100, 0.04)
 
     @staticmethod
     def write(folder: Path, videos: Videos, shape: Shape) -> None:
@@ -127,7 +118,7 @@ class Transcode:
                 even = np.pad(video, ((0, 0), (0, odd), (0, odd), (0, 0)), "edge")
                 file = folder / f"{place:02d}.mp4"
                 encode(even, file, crf="17", g="8", tune="fastdecode")
-                file.with_suffix(".json").write_text(to_json(replace(verify(file), by_decord=0)))
+                file.with_suffix(".json").write_text(to_json(verify(file)))
 
     def __init__(self, folder: Path, shape: Shape) -> None:
         self.folder, self.shape = folder, shape
@@ -139,6 +130,12 @@ class Transcode:
 
 
 KINDS = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Transcode}
+
+
+def estimate(kind: str, shape: Shape) -> float:
+    """Return about how many bytes a video of a shape takes."""
+    video, frame, value = KINDS[kind].BYTES
+    return float(video + shape[0] * (frame + value * np.prod(shape[1:])))
 
 
 @dataclass(frozen=True)
@@ -156,14 +153,14 @@ class Cache:
     def shards(self) -> list[tuple[Path, slice]]:
         """Folder and rows of each shard."""
         size = shard_size(self.shape[0])
-        rows = [slice(start, start + size) for start in range(0, self.shape[0], size)]
-        return [(self.folder / f"{number:05d}", part) for number, part in enumerate(rows)]
+        starts = range(0, self.shape[0], size)
+        return [(self.folder / f"{n:05d}", slice(i, i + size)) for n, i in enumerate(starts)]
 
     def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
         number, place = divmod(key[0], shard_size(self.shape[0]))
         try:
             return _shard(self, number).read(place, key[1])
-        except (OSError, ValueError, IndexError, DamagedVideo) as error:
+        except (OSError, ValueError, IndexError, TypeError, DamagedVideo) as error:
             problem = f"{self.folder} is damaged (shard {number}: {error})"
             raise UserError(f"{problem}; {REMAKE}") from None
 
@@ -184,10 +181,10 @@ def _fill_shard(
     """Write a shard, or return why a video in it cannot be read; `_at` tells which."""
 
     def videos() -> Iterator[np.ndarray | None]:
-        for place, (path, verdict) in enumerate(zip(paths, known, strict=True)):
+        for place, (path, info) in enumerate(zip(paths, known, strict=True)):
             _at(folder).write_text(str(place))
-            refused = isinstance(verdict, str)
-            yield None if refused else read_square(path, shape[0], shape[1], verdict)[0].numpy()
+            refused = isinstance(info, str)
+            yield None if refused else read_square(path, shape[0], shape[1], info)[0].numpy()
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -209,7 +206,7 @@ def _fill_shard(
 
 def _check_room(cache: Cache, videos: int) -> None:
     """Raise UserError where so many more videos do not fit on the disk."""
-    need = KINDS[cache.kind].estimate(cache.shape[1:]) * videos
+    need = estimate(cache.kind, cache.shape[1:]) * videos
     free = shutil.disk_usage(cache.folder).free
     if need > free:
         problem = f"needs about {need / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free"
@@ -240,20 +237,16 @@ def fill(cache: Cache, paths: list[Path], known: list[Verdict], *, workers: Any 
         cache.folder.mkdir(parents=True, exist_ok=True)
         left = [(folder, rows) for folder, rows in cache.shards if not folder.exists()]
         _check_room(cache, sum(len(paths[rows]) for _, rows in left))
-        # No decoder is slower than a megabyte a second; resizing and encoding take time, too.
-        sizes = [sum(max(0, stat(path)[0]) for path in paths[rows]) for _, rows in left]
-        timeout = 60 + max(sizes, default=0) / 2.5e5
+        timeout = patience((paths[rows] for _, rows in left), 2.5e5)  # resized and encoded, too
+        about = {"title": "reading videos", "unit": "shard", "timeout": timeout}
         while left:
             jobs = [(folder, paths[rows], known[rows]) for folder, rows in left]
-            results = over_processes(
-                work, jobs, workers, title="reading videos", unit="shard", timeout=timeout
-            )
-            bad = {n: result for n, result in enumerate(results) if result}
-            left = [left[n] for n in bad]
-            for (folder, rows), why in zip(left, bad.values(), strict=True):
-                # Once more, without the video that did it.
+            results = over_processes(work, jobs, workers, **about)
+            bad = [(*shard, why) for shard, why in zip(left, results, strict=True) if why]
+            for folder, rows, why in bad:  # once more, without the video that did it
                 place = rows.start + int(_at(folder).read_text())
                 known[place] = why.reason if isinstance(why, Lost) else why
+            left = [(folder, rows) for folder, rows, _ in bad]
         _save_index(cache)
         for stale in cache.folder.glob(".*"):  # what processes were writing and reading
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()

@@ -40,16 +40,11 @@ def pick_frames(
     rng: Generator | None = None,
     place: float | Tensor = 0.5,
 ) -> Shaped[Tensor, "b t ..."]:
-    """Return ``length`` frames, ``stride`` frames apart, of each video.
+    """Return ``length`` frames, ``stride`` (lowered to what fits) apart, of each video.
 
-    Args:
-        stride: one for all, or one a video [b]; lowered to the largest that fits in the videos.
-        rng: draws where clips start; without it they start at ``place``.
-        place: from 0 (the first frame) over 0.5 (centred) to 1 (the last start that fits); one for
-            all, or one a video.
-
-    Raises:
-        ValueError: the videos have fewer frames than a clip.
+    ``rng`` draws where clips start; without it they start at ``place``, from 0 (the first frame)
+    over 0.5 (centred) to 1 (the last start that fits). Stride and place may be given by video, [b].
+    Raise ValueError where the videos have fewer frames than a clip.
     """
     count, frames = videos.shape[:2]
     start, stride = starts_and_strides(count, frames, length, stride, rng, place)
@@ -68,17 +63,6 @@ def sample_clips(
     return pick_frames(videos, length, stride, rng).transpose(1, 2)
 
 
-def clips_of(
-    frames: UInt8[Tensor, "b f h w 3"],
-    length: int,
-    stride: int,
-    rng: Generator | None = None,
-    place: float | Tensor = 0.5,
-) -> Float[Tensor, "b 3 t h w"]:
-    """Return ``sample_clips(to_float(frames), ...)``; only frames of the clip are converted."""
-    return to_float(pick_frames(frames, length, stride, rng, place)).transpose(1, 2)
-
-
 def clip_places(clips: int) -> list[float]:
     """Return where that many clips of a video start, spread evenly; one is in the middle."""
     return torch.linspace(0, 1, clips).tolist() if clips > 1 else [0.5]
@@ -95,7 +79,7 @@ def multi_views(
     height, width = frames.shape[2:4]
     side = min(height, width) if crops == 1 else min(height, width) * 7 // 8
     for place in clip_places(clips):
-        clip = clips_of(frames, length, stride, place=place)
+        clip = to_float(pick_frames(frames, length, stride, place=place)).transpose(1, 2)
         for share in clip_places(crops):
             along, across = (share, 0.5) if height > width else (0.5, share)
             top, left = round((height - side) * along), round((width - side) * across)
@@ -113,13 +97,9 @@ def augment(
     count, _, _, height, width = clips.shape
     margin = max(1, width // 12)
     padded = pad(clips.flatten(1, 2), [margin] * 4, mode="replicate").unflatten(1, clips.shape[1:3])
-    shift = torch.randint(2 * margin + 1, (count, 2), generator=rng)
-    rows = (shift[:, :1] + torch.arange(height)).to(clips.device)  # (b, h)
-    columns = (shift[:, 1:] + torch.arange(width)).to(clips.device)  # (b, w)
-    rows = rows[:, None, None, :, None].expand(-1, 3, padded.shape[2], -1, padded.shape[4])
-    moved = padded.gather(3, rows)
-    columns = columns[:, None, None, None, :].expand(*moved.shape[:4], -1)
-    moved = moved.gather(4, columns)
+    shift = torch.randint(2 * margin + 1, (count, 2), generator=rng).tolist()
+    corners = zip(padded, shift, strict=True)
+    moved = torch.stack([clip[..., y : y + height, x : x + width] for clip, (y, x) in corners])
     gain = torch.exp(0.2 * strength * torch.randn(count, 3, 1, 1, 1, generator=rng))
     offset = 0.2 * strength * torch.randn(count, 3, 1, 1, 1, generator=rng)
     return moved * gain.to(clips) + offset.to(clips)

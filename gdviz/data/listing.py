@@ -10,8 +10,7 @@ import codecs
 import csv
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -142,13 +141,13 @@ def _text(file: Path) -> str:
 def _with_header(lines: list[str]) -> list[dict[str, str]]:
     """Return the rows of a list whose first line names its columns; [] for any other."""
     for delimiter in ",;\t":
-        columns, *rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-        columns = [name.strip().lower() for name in columns]
+        rows = [*csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+        rows = [[field.strip() for field in row] for row in rows]
+        columns = [name.lower() for name in rows.pop(0)]
         if {"path", "label"} <= set(columns):
             if long := next((row for row in rows if len(row) > len(columns)), None):
                 raise ValueError(f"{len(long)} fields in {delimiter.join(long)!r}")
-            filled = (map(str.strip, [*row, *[""] * len(columns)]) for row in rows)
-            return [dict(zip(columns, row, strict=False)) for row in filled]
+            return [dict(zip_longest(columns, row, fillvalue="")) for row in rows]
     return []
 
 
@@ -249,14 +248,3 @@ def read_list(source: Path | str) -> list[Video]:
     if tested:
         return [video for video in videos if video.split != "val"]
     return [replace(video, split="test") if video.split == "val" else video for video in videos]
-
-
-def skipped_lines(skipped: Sequence[tuple[str, str]], most: int = 1000) -> list[str]:
-    """Return a line for each skipped (path, reason); of more than ``most``, one for each reason.
-
-    Reasons that differ in numbers only are counted as one.
-    """
-    if len(skipped) <= most:
-        return [f"skipped {path}: {reason}" for path, reason in skipped]
-    kinds = Counter(re.sub(r"\d+(\.\d+)?", "N", reason) for _, reason in skipped)
-    return [f"skipped {count} videos: {kind}" for kind, count in kinds.most_common()]

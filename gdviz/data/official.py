@@ -41,10 +41,6 @@ class Official:
     videos: list[Video]
     missing: list[Video]
 
-    @property
-    def clips(self) -> list[Video]:
-        return self.videos
-
 
 def _lines(file: Path) -> list[str]:
     try:
@@ -90,9 +86,8 @@ def _ccv(lists: Path, split: int) -> list[Row]:
     for part in ("train", "test"):
         videos, file = _lines(lists / f"{part}VidID.txt"), lists / f"{part}Label.txt"
         bits = ["".join(line.split()) for line in _lines(file)]
-        if len(bits) != len(videos) or any(
-            len(b) != len(names) or set(b) - set("01") for b in bits
-        ):
+        wrong = any(len(b) != len(names) or set(b) - set("01") for b in bits)
+        if wrong or len(bits) != len(videos):
             raise UserError(f"{file}: needs {len(videos)} lines of {len(names)} zeros and ones")
         for video, row in zip(videos, bits, strict=True):
             labels = tuple(name for name, bit in zip(names, row, strict=True) if bit == "1")
@@ -117,13 +112,9 @@ def read_official(
 ) -> Official | None:
     """List the videos of an official layout, in its order; None where there are no such lists.
 
-    Args:
-        root: holds the videos, in any sub-folders.
-        lists: folder of the official lists, if it is not in ``root``.
-        split: 1 to 3; CCV has one.
-
-    Raises:
-        UserError: there is no such split, or a list is not what its authors wrote.
+    Videos lie in any sub-folders of ``root``, and the lists there, too, or in ``lists``. Splits
+    are 1 to 3; CCV has one. Raise UserError where there is no such split, or where a list is not
+    what its authors wrote.
     """
     root = Path(root)
     if (found := find_lists(Path(lists or root))) is None:
@@ -138,13 +129,13 @@ def read_official(
     videos, missing = [], []
     for key, label, part, labels in READERS[name](folder, split):
         # Whatever the folder, and the container that it was turned into.
-        found = [exact[key]] if key in exact else stems[PurePosixPath(key).stem]
-        if len(found) > 1:
-            raise UserError(f"{key} may be {found[0]} or {found[1]}: keep one of them")
-        path = found[0] if found else root / key
+        files = [exact[key]] if key in exact else stems[PurePosixPath(key).stem]
+        if len(files) > 1:
+            raise UserError(f"{key} may be {files[0]} or {files[1]}: keep one of them")
+        path = files[0] if files else root / key
         group = path.name if labels is not None else group_of(path)
         videos.append(Video(path, label, group, part, labels))
-        if not found:
+        if not files:
             missing.append(videos[-1])
     classes = {label for video in videos for label in (video.labels or (video.label,))}
     return Official(name, tuple(sorted(classes - {""})), videos, missing)

@@ -27,7 +27,7 @@ def split_by_group(
         UserError: too few classes or videos, a labelled video without a part as others have one,
             given parts that share a group, or no split by group.
     """
-    check_classes(videos, name)
+    _check_classes(videos, name)
     if any(video.split for video in videos):
         _check_given(videos, name)
         return [v.split if v.split in ("train", "test") else "unlabelled" for v in videos]
@@ -40,7 +40,7 @@ def split_by_group(
     return [parts[video.group in tested][not video.label] for video in videos]
 
 
-def check_classes(videos: list[Video], name: str) -> None:
+def _check_classes(videos: list[Video], name: str) -> None:
     """Raise UserError unless two classes or more have enough videos to train and test on."""
     labels = Counter(v.label for v in videos if v.label and v.split != "unlabelled")
     if len(labels) < 2:
@@ -60,15 +60,17 @@ def check_classes(videos: list[Video], name: str) -> None:
 def _check_given(videos: list[Video], name: str) -> None:
     some = next(video.path for video in videos if video.split)
     tested = {video.group: video.path for video in videos if video.split == "test"}
-    for video in videos:
-        if video.label and not video.split:
-            problem = f"{video.path} has a label but no split, as {some} has"
-            raise UserError(f"--data {name}: {problem}: train and test hold whole classes, or none")
-        if not video.label and video.split in ("train", "test"):
-            raise UserError(f"--data {name}: {video.path} is to {video.split} but has no label")
-        if video.split != "test" and video.group in tested:
-            pair = f"{video.path} and {tested[video.group]}, which is tested on"
-            raise UserError(f"--data {name}: {pair}, are of one recording ({video.group!r})")
+    for v in videos:
+        problem = ""
+        if v.label and not v.split:
+            problem = f"{v.path} has a label but no split, as {some} has: give all one, or none"
+        elif not v.label and v.split in ("train", "test"):
+            problem = f"{v.path} is to {v.split} but has no label"
+        elif v.split != "test" and v.group in tested:
+            pair = f"{v.path} and {tested[v.group]}, which is tested on"
+            problem = f"{pair}, are of one recording ({v.group!r})"
+        if problem:
+            raise UserError(f"--data {name}: {problem}")
 
 
 def _draw(counts: Counts, name: str, share: float, seed: int) -> set[str]:
@@ -103,22 +105,16 @@ def _draw(counts: Counts, name: str, share: float, seed: int) -> set[str]:
 def _search(counts: Counts, total: Counter[str], name: str) -> set[str]:
     """Return the fewest groups that test every class and leave it two videos to train on.
 
-    By integer programming, since whether there are any is set splitting, which is NP-hard.
-
-    Raises:
-        UserError: there are none.
+    By integer programming: whether there are any is set splitting, which is NP-hard. Raise
+    UserError where there are none.
     """
     groups, classes = list(counts), {label: row for row, label in enumerate(total)}
     held = [(n, classes[label], j) for j, g in enumerate(groups) for label, n in counts[g].items()]
     sizes, rows, columns = zip(*held, strict=True)
     tested = csr_array((sizes, (rows, columns)), dtype=float)
-    found = milp(
-        np.ones(len(groups)),
-        integrality=np.ones(len(groups)),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(tested, 1, np.array(list(total.values())) - 2),
-        options={"time_limit": 60},
-    )
+    ones, most = np.ones(len(groups)), np.array(list(total.values())) - 2
+    limits = {"bounds": Bounds(0, 1), "constraints": LinearConstraint(tested, 1, most)}
+    found = milp(ones, integrality=ones, options={"time_limit": 60}, **limits)
     if found.x is not None:
         return {group for group, x in zip(groups, found.x, strict=True) if x > 0.5}
     problem = "no split by group exists" if found.status == 2 else "no split by group was found"

@@ -1,4 +1,4 @@
-"""What the verifying pass found, kept: a file is decoded whole once, not once a run.
+"""What `verify` found, kept: a file is decoded whole once, not once a run.
 
 SQLite rather than Parquet: it comes with Python, a killed pass goes on where it stood, and an
 index of a million files is looked into, not loaded.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,6 @@ from gdviz.core.processes import Lost, over_processes
 from gdviz.data.reading import VERSION, DamagedVideo, VideoInfo, verify
 
 Verdict = VideoInfo | str  # what was found, or why the file is refused
-TITLE = "verifying videos"
 
 TABLE = """CREATE TABLE IF NOT EXISTS verdicts
     (path, size, mtime_ns, version, verdict, PRIMARY KEY (path)) WITHOUT ROWID"""
@@ -38,9 +37,9 @@ def stat(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def patience(paths: Sequence[Path]) -> float:
+def patience(jobs: Iterable[Sequence[Path]], rate: float = 1e6) -> float:
     """Return seconds after which a reader hangs: no decoder is slower than a megabyte a second."""
-    return 60 + max((stat(path)[0] for path in paths), default=0) / 1e6
+    return 60 + max((sum(max(0, stat(path)[0]) for path in job) for job in jobs), default=0) / rate
 
 
 def to_json(verdict: Verdict) -> str:
@@ -48,8 +47,8 @@ def to_json(verdict: Verdict) -> str:
     return json.dumps(verdict if isinstance(verdict, str) else asdict(verdict))
 
 
-def from_json(text: str) -> Verdict:
-    """Raise ValueError or TypeError where `to_json` did not write it."""
+def from_json(text: str) -> Any:
+    """Return a verdict; raise ValueError or TypeError where `to_json` did not write it."""
     known = json.loads(text)
     if isinstance(known, str):
         return known
@@ -69,7 +68,7 @@ def look_up(db: sqlite3.Connection, path: Path, stats: tuple[int, int]) -> Verdi
     return from_json(row[0]) if row else None
 
 
-def _verdict(path: str) -> Verdict:
+def _verdict(path: Path) -> Verdict:
     try:
         return verify(path)
     except DamagedVideo as error:
@@ -81,37 +80,36 @@ def _verdict(path: str) -> Verdict:
 def verified(paths: Sequence[Path], index: Path, *, workers: Any = 1) -> list[Verdict]:
     """Return what `verify` says of each file, or why it is refused.
 
-    Args:
-        paths: video files; those that the index knows unchanged are not decoded again.
-        index: SQLite file, made if need be.
-        workers: decoding processes, or a cluster. With two or more, a file whose reader dies or
-            hangs is refused for that reason, this time: the index does not keep it.
+    ``index`` is an SQLite file, made if need be; files that it knows unchanged are not decoded
+    again. With two ``workers`` or more (processes, or a cluster) a file whose reader dies or hangs
+    is refused for that reason, this time: the index does not keep it.
 
     Raises:
         UserError: the index is damaged or cannot be written.
     """
-    stats = [stat(path) for path in paths]
+    found: dict[int, Verdict] = {}
     try:
         with suppress(OSError):  # SQLite then says that it cannot open the file
             index.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(index, timeout=60, isolation_level=None)) as db:
             db.execute("PRAGMA synchronous = OFF")  # a power cut may cost the index, a kill not
             db.execute(TABLE)
-            found = [look_up(db, path, s) for path, s in zip(paths, stats, strict=True)]
-            left = [i for i, verdict in enumerate(found) if verdict is None]
+            stats = [stat(path) for path in paths]
+            for i, path in enumerate(paths):
+                if (verdict := look_up(db, path, stats[i])) is not None:
+                    found[i] = verdict
+            left = [i for i in range(len(paths)) if i not in found]
 
             def keep(number: int, verdict: Verdict) -> None:
-                known_by = _known_by(paths[left[number]], stats[left[number]])
-                db.execute(INSERT, (*known_by, to_json(verdict)))
+                i = left[number]
+                db.execute(INSERT, (*_known_by(paths[i], stats[i]), to_json(verdict)))
 
-            jobs, timeout = [(str(paths[i]),) for i in left], patience([paths[i] for i in left])
-            if jobs:
-                results = over_processes(
-                    _verdict, jobs, workers, title=TITLE, unit="video", timeout=timeout, each=keep
-                )
-                for i, result in zip(left, results, strict=True):
-                    found[i] = result.reason if isinstance(result, Lost) else result
+            jobs = [(paths[i],) for i in left]
+            about = {"title": "verifying videos", "unit": "video", "timeout": patience(jobs)}
+            results = over_processes(_verdict, jobs, workers, each=keep, **about) if jobs else []
+            for i, result in zip(left, results, strict=True):
+                found[i] = result.reason if isinstance(result, Lost) else result
     except sqlite3.DatabaseError as error:
         advice = "delete it to have it made again, or free some space"
         raise UserError(f"cannot use {index}: {error}; {advice}") from None
-    return found
+    return [found[i] for i in range(len(paths))]

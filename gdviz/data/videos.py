@@ -55,15 +55,11 @@ class VideoSet:
         label_names: Sequence[str] | None = None,
         name: str = "arrays",
     ) -> VideoSet:
-        """Return a set of videos in memory.
+        """Return a set of videos in memory, uint8 ``[n, frames, height, width, 3]``.
 
-        Args:
-            pixels: uint8 ``[n, frames, height, width, 3]``.
-            labels: classes from 0 on; -1 where unknown.
-            splits: ``train``, ``unlabelled`` (whose labels are hidden) or ``test``.
-            groups: recordings; videos of one stay in one fold. By default each is its own.
-            label_names: of the classes; by default their numbers.
-            name: what to call the set.
+        Labels count classes from 0 on, and are -1 where unknown. Splits are ``train``,
+        ``unlabelled`` (whose labels are hidden) or ``test``. Videos of one group, a recording, stay
+        in one fold; by default each is its own. Names of labels are their numbers by default.
 
         Raises:
             UserError: shapes, types, splits or labels that do not fit.
@@ -74,16 +70,15 @@ class VideoSet:
             raise UserError(f"pixels: needs uint8 [videos, frames, height, width, 3], got {got}")
         if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
             raise UserError("labels: needs whole numbers, and -1 where unknown")
-        count, numbers = len(pixels), torch.from_numpy(numbers.astype(np.int64))
+        count = len(pixels)
         groups = tuple(map(str, range(count) if groups is None else groups))
         for what, values in {"labels": numbers, "splits": splits, "groups": groups}.items():
             if len(values) != count:
                 raise UserError(f"{what}: {len(values)} for {count} videos")
-        if unknown := set(splits) - set(SPLITS):
-            raise UserError(f"splits: {min(unknown)!r} is none of {', '.join(SPLITS)}")
-        hidden = torch.tensor([split == "unlabelled" for split in splits], dtype=torch.bool)
-        labels = numbers.masked_fill(hidden, -1)
-        if (labels[~hidden] < 0).any():
+        if other := set(splits) - set(SPLITS):
+            raise UserError(f"splits: {min(other)!r} is none of {', '.join(SPLITS)}")
+        hidden = np.array([split == "unlabelled" for split in splits], bool)
+        if (numbers[~hidden] < 0).any():
             raise UserError("labels: a video to train or test on has none")
         classes = max(numbers.tolist(), default=-1) + 1
         names = tuple(map(str, range(classes) if label_names is None else label_names))
@@ -91,9 +86,9 @@ class VideoSet:
             raise UserError(f"label_names: {len(names)} for {classes} classes")
         about = fingerprint(numbers.tolist(), splits, groups, list(pixels.shape))
         digest = sha256(about.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
-        return cls(
-            name, digest, pixels, names, labels, tuple(splits), groups, torch.zeros(count, 5)
-        )
+        shown = torch.from_numpy(np.where(hidden, -1, numbers).astype(np.int64))
+        unknown = torch.zeros(count, 5)
+        return cls(name, digest, pixels, names, shown, tuple(splits), groups, unknown)
 
     def rows(self, split: str) -> Int[Tensor, " rows"]:
         """Return the row numbers of a part: train, unlabelled or test."""
@@ -145,7 +140,7 @@ def open_videos(
     """Decode videos into a cache, or open the cache that an earlier call left.
 
     Args:
-        videos: what to read, with its split; without, what can be read is split by group.
+        videos: what to read; without given splits what can be read is split by group.
         view: size and number of frames kept.
         cache: folder for decoded sets, one sub-folder per fingerprint of files (path, size, time
             of change), labels, view and code version: anything else never opens it.
@@ -164,8 +159,7 @@ def open_videos(
         raise UserError(f"--data {name}: {several.path.name} may show several classes; {needs}")
     paths = [video.path for video in videos]
     stats = [stat(path) for path in paths]
-    gone = [i for i, (size, _) in enumerate(stats) if size < 0]
-    _parts(videos, gone, name, seed)  # refused before any work
+    _parts(videos, {i for i, (size, _) in enumerate(stats) if size < 0}, name, seed)
     about = [(os.path.realpath(v.path), v.label, v.group, v.split) for v in videos]
     files = [(*row, *found) for row, found in zip(about, stats, strict=True)]
     stamp = fingerprint(files, view.size, view.frames, storage, VERSION)
@@ -174,30 +168,11 @@ def open_videos(
     if not (pixels.folder / "index.json").exists():
         known = verified(paths, Path(cache) / "verified.sqlite", workers=workers)
         mark_as_cache(Path(cache))
-        refused = [i for i, verdict in enumerate(known) if isinstance(verdict, str)]
-        _parts(videos, refused, name, seed)
+        # Refused, as above, before any more work.
+        _parts(videos, {i for i, found in enumerate(known) if isinstance(found, str)}, name, seed)
         fill(pixels, paths, known, workers=workers)
     metadata, skipped = open_cache(pixels)
-    return _set_of(videos, pixels, metadata, skipped, _parts(videos, skipped, name, seed), name)
-
-
-def _parts(videos: list[Video], skipped: Collection[int], name: str, seed: int) -> list[str]:
-    """Split the videos that are not skipped; "" stands for the others."""
-    rows = [i for i in range(len(videos)) if i not in skipped]
-    parts = split_by_group([videos[i] for i in rows], name, seed=seed)
-    part_of = dict(zip(rows, parts, strict=True))
-    return [part_of.get(i, "") for i in range(len(videos))]
-
-
-def _set_of(
-    videos: list[Video],
-    pixels: Cache,
-    metadata: np.ndarray,
-    skipped: dict[int, str],
-    parts: list[str],
-    name: str,
-) -> VideoSet:
-    """Return the set of all videos that are in some part."""
+    parts = _parts(videos, skipped, name, seed)
     keep = [i for i, part in enumerate(parts) if part]
     label_of = {i: videos[i].label for i in keep if parts[i] != "unlabelled"}
     names = tuple(sorted(set(label_of.values())))
@@ -206,7 +181,6 @@ def _set_of(
         tqdm.write(f"{name}: no video can be read of {', '.join(lost)}")
     mates = "has no label, and is of a recording that is tested on"
     left_out = [(i, skipped.get(i, mates)) for i, part in enumerate(parts) if not part]
-    stamp = pixels.folder.name
     return VideoSet(
         name=name,
         fingerprint=stamp if parts == [v.split for v in videos] else fingerprint(stamp, parts),
@@ -219,6 +193,14 @@ def _set_of(
         skipped=tuple((str(videos[i].path), reason) for i, reason in left_out),
         places=np.array(keep) if left_out else None,
     )
+
+
+def _parts(videos: list[Video], skipped: Collection[int], name: str, seed: int) -> list[str]:
+    """Split the videos that are not skipped; "" stands for the others."""
+    rows = [i for i in range(len(videos)) if i not in skipped]
+    parts = split_by_group([videos[i] for i in rows], name, seed=seed)
+    part_of = dict(zip(rows, parts, strict=True))
+    return [part_of.get(i, "") for i in range(len(videos))]
 
 
 def load_motion(
@@ -241,10 +223,9 @@ def load_videos(
 ) -> VideoSet:
     """Open a set of your own: a folder, a list in a file, or an official layout (data/README.md).
 
-    Without given splits what can be read is split by group, drawn by ``seed``. Of an official
-    layout (UCF101, HMDB51) the first split is taken. With two workers or more a file that kills or
-    hangs its reader costs that file only; a script then calls this under ``if __name__ ==
-    "__main__":``. Other arguments: see :func:`open_videos`.
+    Of an official layout (UCF101, HMDB51) the first split is taken. Arguments and errors: see
+    :func:`open_videos`. A script that wants several workers calls this under ``if __name__ ==
+    "__main__":``.
     """
     official = read_official(source)
     videos = official.videos if official else read_list(source)

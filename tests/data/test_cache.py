@@ -92,7 +92,7 @@ def test_estimates_are_about_right(ut_interaction, tmp_path, kind):
         folder.mkdir()
         caches.KINDS[kind].write(folder, videos, shape)
         real = sum(path.stat().st_size for path in folder.iterdir())
-        assert 0.7 < caches.KINDS[kind].estimate(shape) * len(files) / real < 2, size
+        assert 0.7 < caches.estimate(kind, shape) * len(files) / real < 2, size
 
 
 @pytest.mark.parametrize(("kind", "least"), [("jpeg", 40), ("transcode", 36)])

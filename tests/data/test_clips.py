@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from gdviz.data.clips import augment, clips_of, multi_views, sample_clips, to_float
+from gdviz.data.clips import augment, multi_views, sample_clips, to_float
 
 
 def to_bytes(clip: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,6 @@ def test_testing_sees_ten_clips_in_three_crops():
     assert len({int(view[1, 0, 0, 0]) for view in tall}) == 1  # there crops move down
     assert len({int(view[2, 0, 0, 0]) for view in tall}) == 3
     (whole,) = multi_views(video[:, :, :, :8], 4, 2, 1, 1)
-    assert torch.equal(whole, clips_of(video[:, :, :, :8], 4, 2))
     assert torch.equal(whole, sample_clips(to_float(video[:, :, :, :8]), 4, 2))
 
 

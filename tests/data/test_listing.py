@@ -8,14 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdviz.core.files import UserError
-from gdviz.data.listing import (
-    Video,
-    mark_as_cache,
-    read_folder,
-    read_list,
-    skipped_lines,
-    video_files,
-)
+from gdviz.data.listing import Video, mark_as_cache, read_folder, read_list, video_files
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -123,18 +116,6 @@ def test_names_that_are_not_utf_8_are_named(tmp_path):
     Path(os.fsdecode(bytes(tmp_path) + b"/a/\xff.mp4")).write_bytes(b"")
     with pytest.raises(UserError, match=r"a/\\udcff\.mp4' is a name not in UTF-8: rename it"):
         read_list(tmp_path)
-
-
-def test_many_skipped_files_are_counted_by_reason():
-    few = [("a.mp4", "cut off: 3 of 30 frames"), ("b.mp4", "is not there")]
-    assert skipped_lines(few) == [
-        "skipped a.mp4: cut off: 3 of 30 frames",
-        "skipped b.mp4: is not there",
-    ]
-    many = [(f"{i}.mp4", f"cut off: {i} of 9 frames") for i in range(600)] + few[1:] * 500
-    assert skipped_lines(many) == [
-        "skipped 600 videos: cut off: N of N frames", "skipped 500 videos: is not there",
-    ]  # fmt: skip
 
 
 # --- lists

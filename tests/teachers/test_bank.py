@@ -9,7 +9,7 @@ from torch import Generator, nn
 
 from gdviz.config import View
 from gdviz.core.files import UserError, load_json, save_json
-from gdviz.data.clips import clip_places, clips_of
+from gdviz.data.clips import clip_places, pick_frames, to_float
 from gdviz.teachers import bank as banks
 from gdviz.teachers.bank import (
     Readout,
@@ -61,7 +61,8 @@ def test_what_was_kept_is_what_the_live_teacher_says_of_the_same_clip(videos, tm
     kept = open_readout(tmp_path, videos, VIEW)
     rows, clips = torch.tensor([9, 0, 4, 4, 7]), torch.tensor([0, 2, 1, 2, 0])
     place = torch.tensor(clip_places(3))[clips]
-    seen = clips_of(videos.batch(rows), VIEW.length, VIEW.stride, place=place)
+    seen = pick_frames(videos.batch(rows), VIEW.length, VIEW.stride, place=place)
+    seen = to_float(seen).transpose(1, 2)
     for name, live in zip(("logits", "features"), model(seen), strict=True):
         torch.testing.assert_close(kept.at(name, rows, clips), live, rtol=1e-3, atol=1e-4)
     mean = torch.stack([kept.at("logits", rows, torch.full((5,), c)) for c in range(3)]).mean(0)
