@@ -237,7 +237,7 @@ def index_of(folder: Path, rows: int) -> None:
     """A fresh process opens an index of many rows and looks a thousand files up."""
     db = sqlite3.connect(folder / "verified.sqlite")
     db.execute(TABLE)
-    keys = tuple((12 * k, 12 * k) for k in range(1, 5))
+    keys = [[12 * k, 12 * k] for k in range(1, 5)]
     verdict = json.dumps(asdict(VideoInfo(200, 320, 240, 25.0, 300_000, 0, keys)))
     with db:
         db.executemany(

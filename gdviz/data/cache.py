@@ -1,8 +1,7 @@
 """Videos kept as a view needs them, in shards: as raw pixels, as JPEG, or as light H.264 files.
 
     STAMP/index.json, metadata.npy   written last: what the set is, which videos it lacks
-    STAMP/00000/found.json           of the first sixteen videos, beside what the kind of cache
-                                     keeps of them
+    STAMP/00000/found.json           of the first videos, beside what the kind keeps of them
 
 A shard is the unit of parallel work and of resumption: it is there as a whole or not at all, and a
 killed fill goes on with those that are not.
@@ -10,10 +9,11 @@ killed fill goes on with those that are not.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from io import BytesIO
 from operator import attrgetter
@@ -28,7 +28,7 @@ from gdviz.core.files import UserError, atomic, load_json, save_json
 from gdviz.core.processes import Lost, over_processes
 from gdviz.data._encode import encode
 from gdviz.data.reading import DamagedVideo, frames_of, read_square, verify
-from gdviz.data.verified import Verdict, from_json, patience, to_json
+from gdviz.data.verified import Verdict, from_json, patience
 
 # Few videos in a shard keep all cores busy on small sets; few shards can all stay open.
 SHARD, SHARDS = 16, 4096
@@ -118,7 +118,7 @@ class Transcode:
                 even = np.pad(video, ((0, 0), (0, odd), (0, odd), (0, 0)), "edge")
                 file = folder / f"{place:02d}.mp4"
                 encode(even, file, crf="17", g="8", tune="fastdecode")
-                file.with_suffix(".json").write_text(to_json(verify(file)))
+                file.with_suffix(".json").write_text(json.dumps(asdict(verify(file))))
 
     def __init__(self, folder: Path, shape: Shape) -> None:
         self.folder, self.shape = folder, shape
@@ -177,14 +177,20 @@ def _at(folder: Path) -> Path:
 
 def _fill_shard(
     folder: Path, paths: list[Path], known: list[Verdict], *, kind: str, shape: Shape
-) -> str | None:
-    """Write a shard, or return why a video in it cannot be read; `_at` tells which."""
+) -> None:
+    """Write a shard; a file that has changed since it was verified is left out."""
+    found = list(known)
 
     def videos() -> Iterator[np.ndarray | None]:
         for place, (path, info) in enumerate(zip(paths, known, strict=True)):
             _at(folder).write_text(str(place))
-            refused = isinstance(info, str)
-            yield None if refused else read_square(path, shape[0], shape[1], info)[0].numpy()
+            video = None
+            if not isinstance(info, str):
+                try:
+                    video = read_square(path, shape[0], shape[1], info)[0].numpy()
+                except (DamagedVideo, MemoryError) as error:
+                    found[place] = str(error) or "too little memory"
+            yield video
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -192,20 +198,43 @@ def _fill_shard(
         part.mkdir()
         KINDS[kind].write(part, videos(), shape)
         about = attrgetter("frames", "width", "height", "fps", "bytes")
-        save_json(part / "found.json", [v if isinstance(v, str) else about(v) for v in known])
+        save_json(part / "found.json", [v if isinstance(v, str) else about(v) for v in found])
         part.rename(folder)
-    except (DamagedVideo, MemoryError) as error:
-        return str(error) or "too little memory"
     except OSError:
         if not folder.exists():  # another process was faster
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return None
+
+
+def fill(cache: Cache, paths: list[Path], known: list[Verdict], *, workers: Any = 1) -> None:
+    """Decode videos, of which ``known`` was found, into a cache; go on where an earlier call stood.
+
+    Raise UserError where the disk is full, or would be.
+    """
+    known, work = list(known), partial(_fill_shard, kind=cache.kind, shape=cache.shape[1:])
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        left = [(folder, rows) for folder, rows in cache.shards if not folder.exists()]
+        _check_room(cache, sum(len(paths[rows]) for _, rows in left))
+        timeout = patience((paths[rows] for _, rows in left), 2.5e5)  # resized and encoded, too
+        about = {"title": "reading videos", "unit": "shard", "timeout": timeout}
+        while left:
+            jobs = [(folder, paths[rows], known[rows]) for folder, rows in left]
+            results = zip(left, over_processes(work, jobs, workers, **about), strict=True)
+            lost = [(shard, result) for shard, result in results if isinstance(result, Lost)]
+            for (folder, rows), result in lost:  # once more, without the video that did it
+                known[rows.start + int(_at(folder).read_text())] = result.reason
+            left = [shard for shard, _ in lost]
+        _save_index(cache)
+        for stale in cache.folder.glob(".*"):  # what processes were writing and reading
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    except OSError as error:
+        advice = "free some space or choose another --cache"
+        raise UserError(f"cannot write {cache.folder}: {error}; {advice}") from error
 
 
 def _check_room(cache: Cache, videos: int) -> None:
-    """Raise UserError where so many more videos do not fit on the disk."""
     need = estimate(cache.kind, cache.shape[1:]) * videos
     free = shutil.disk_usage(cache.folder).free
     if need > free:
@@ -226,40 +255,10 @@ def _save_index(cache: Cache) -> None:
     save_json(cache.folder / "index.json", {"fingerprint": cache.folder.name, "skipped": skipped})
 
 
-def fill(cache: Cache, paths: list[Path], known: list[Verdict], *, workers: Any = 1) -> None:
-    """Decode videos, of which ``known`` was found, into a cache; go on where an earlier call stood.
-
-    Raises:
-        UserError: the disk is full, or would be.
-    """
-    known, work = list(known), partial(_fill_shard, kind=cache.kind, shape=cache.shape[1:])
-    try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        left = [(folder, rows) for folder, rows in cache.shards if not folder.exists()]
-        _check_room(cache, sum(len(paths[rows]) for _, rows in left))
-        timeout = patience((paths[rows] for _, rows in left), 2.5e5)  # resized and encoded, too
-        about = {"title": "reading videos", "unit": "shard", "timeout": timeout}
-        while left:
-            jobs = [(folder, paths[rows], known[rows]) for folder, rows in left]
-            results = over_processes(work, jobs, workers, **about)
-            bad = [(*shard, why) for shard, why in zip(left, results, strict=True) if why]
-            for folder, rows, why in bad:  # once more, without the video that did it
-                place = rows.start + int(_at(folder).read_text())
-                known[place] = why.reason if isinstance(why, Lost) else why
-            left = [(folder, rows) for folder, rows, _ in bad]
-        _save_index(cache)
-        for stale in cache.folder.glob(".*"):  # what processes were writing and reading
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    except OSError as error:
-        advice = "free some space or choose another --cache"
-        raise UserError(f"cannot write {cache.folder}: {error}; {advice}") from error
-
-
 def open_cache(cache: Cache) -> tuple[np.ndarray, dict[int, str]]:
     """Return each video's (frames, width, height, fps, bytes), and why rows are skipped.
 
-    Raises:
-        UserError: the cache is not whole, or holds other videos than its name says.
+    Raise UserError where the cache is not whole, or holds other videos than its name says.
     """
     index = load_json(cache.folder / "index.json")
     try:

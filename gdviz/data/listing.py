@@ -69,8 +69,7 @@ def mark_as_cache(folder: Path) -> None:
 def video_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield the video files below a folder, in order, through links; not what is hidden or made.
 
-    Raises:
-        UserError: a folder cannot be listed.
+    Raise UserError where a folder cannot be listed.
     """
     here = os.path.realpath(folder)
     if here in above:  # a link to a folder that it lies in
@@ -91,9 +90,6 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in HIDDEN
 
 
-# --- folders
-
-
 def _placed(root: Path, path: Path) -> Video:
     """Return what the folders of a video say: CLASS, or CLASS/GROUP, and a split above or below."""
     inner = path.relative_to(root)
@@ -110,10 +106,7 @@ def _placed(root: Path, path: Path) -> Video:
 def read_folder(root: Path) -> list[Video]:
     """List the videos below a folder: of CLASS or CLASS/GROUP, in ``train`` and ``test`` or not.
 
-    Videos in no folder, or in ``unlabelled``, have no label.
-
-    Raises:
-        UserError: there are none.
+    Those in no folder, or in ``unlabelled``, have no label. Raise UserError where there are none.
     """
     videos = [_placed(root, path) for path in video_files(root)]
     if not videos:
@@ -124,9 +117,6 @@ def read_folder(root: Path) -> list[Video]:
     if empty := [name for name in names if name not in used and not _is_hidden(name)]:
         tqdm.write(f"{root}: no videos in {', '.join(empty)}")
     return videos
-
-
-# --- lists
 
 
 def _text(file: Path) -> str:
@@ -212,9 +202,6 @@ def _read_list(file: Path) -> list[Video]:
     return videos
 
 
-# --- both
-
-
 def _check_files(videos: list[Video], source: Path) -> None:
     """Raise UserError where a file is listed twice, or has a name that no result can hold."""
     seen: dict[tuple[int, int] | Path, Path] = {}
@@ -230,10 +217,8 @@ def _check_files(videos: list[Video], source: Path) -> None:
 def read_list(source: Path | str) -> list[Video]:
     """List the videos of a folder or of a list in a file.
 
-    A validation part is tested on where there is no test part, and left out else.
-
-    Raises:
-        UserError: nothing there, or what is there is not plain.
+    A validation part is tested on where there is no test part, and left out else. Raise UserError
+    where nothing is there, or what is there is not plain.
     """
     source = Path(source)
     if not os.path.exists(source):

@@ -64,8 +64,7 @@ class _Texture:
     ) -> np.ndarray:
         """Return colours [T, S, S, 3] at axis coordinates x, y [T, S], turned and scaled by [T].
 
-        A wave over a rotated grid is a product of a wave in x and a wave in y, which spares an
-        array [T, S, S, modes].
+        A wave over a rotated grid is a product of two, which spares an array [T, S, S, modes].
         """
         rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], -1)
         rotated = np.einsum("mi,tij->tmj", self.k, rotation.reshape(-1, 2, 2))  # (T, modes, 2)
@@ -150,8 +149,7 @@ def _write(row: dict[str, str], root: Path, size: int, frames: int) -> dict[str,
 def make_motion(root: Path | str, cfg: MotionData, *, workers: Any = 1) -> Path:
     """Return the folder of a set: mp4 files and ``index.csv``, written once under ``root``.
 
-    Raises:
-        UserError: the folder was made before, but one of its files is missing.
+    Raise UserError where the folder was made before, but one of its files is missing.
     """
     home = Path(root) / f"motion-{fingerprint(cfg, VERSION)[:8]}"
     index = home / "index.csv"  # written last

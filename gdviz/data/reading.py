@@ -52,7 +52,7 @@ class VideoInfo:
     fps: float  # on average
     bytes: int
     turns: int  # quarter turns, counter-clockwise, that make a frame upright
-    keys: tuple[tuple[int, int], ...]  # (frame number, time stamp): where decoding may begin
+    keys: list[list[int]]  # [frame number, time stamp]: where decoding may begin
 
 
 @contextmanager
@@ -137,24 +137,24 @@ def _frames_from(
 
 def _keys(
     container: InputContainer, stream: av.VideoStream, marks: list[Mark], starts: list[int]
-) -> tuple[tuple[int, int], ...]:
+) -> list[list[int]]:
     """Return the key frames to seek to; none if decoding from one of them gives other frames."""
     times = [time for time, _ in marks if time is not None]
     if len(times) < len(marks) or any(b <= a for a, b in pairwise(times)):
-        return ()
-    keys: list[tuple[int, int]] = []
+        return []
+    keys: list[list[int]] = []
     for start in starts:
         if start >= (keys[-1][0] if keys else 0) + APART:
-            keys.append((start, times[start]))
+            keys.append([start, times[start]])
     try:
         for key in keys:
             again = islice(_frames_from(container, stream, *key), CHECKED)
             found = [(frame.pts, _digest(frame)) for _, frame in again]
             if found != marks[key[0] : key[0] + CHECKED]:
-                return ()
+                return []
     except (FFmpegError, DamagedVideo):
-        return ()
-    return tuple(keys)
+        return []
+    return keys
 
 
 def _digest(frame: av.VideoFrame) -> int:
@@ -178,9 +178,8 @@ def _turns(frame: av.VideoFrame) -> int:
 def verify(path: Path | str) -> VideoInfo:
     """Decode the whole file once, and a little of it again from each key frame.
 
-    Raises:
-        DamagedVideo: unreadable, truncated or corrupt; no video in it, or two; frames that differ
-            in size, or that are to be shown mirrored.
+    Raise DamagedVideo where it is unreadable, truncated or corrupt, or has no video or two, frames
+    that differ in size, or frames that are to be shown mirrored.
     """
     marks: list[Mark] = []
     starts, shape, turns = [], (0, 0), 0
@@ -205,9 +204,7 @@ def verify(path: Path | str) -> VideoInfo:
 def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[np.ndarray]:
     """Yield the frames numbered ``index`` (rising), upright, uint8 [height, width, 3].
 
-    Raises:
-        DamagedVideo: the file is not what was verified.
-        IndexError: it has no such frame.
+    Raise DamagedVideo where the file is not what was verified, IndexError for a frame beyond it.
     """
     wanted, converter = deque(index.tolist()), VideoReformatter()
     if not wanted:
@@ -215,7 +212,7 @@ def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[
     if not 0 <= wanted[0] <= wanted[-1] < info.frames:
         raise IndexError(f"{path}: frames {wanted[0]} to {wanted[-1]} of {info.frames}")
     with _opened(path) as (container, stream):
-        start = max((key for key in info.keys if key[0] <= wanted[0]), default=(0, 0))
+        start = max((key for key in info.keys if key[0] <= wanted[0]), default=[0, 0])
         same = container.size == info.bytes
         for number, frame in _frames_from(container, stream, *start) if same else ():
             if number != wanted[0]:
@@ -239,10 +236,8 @@ def read_square(
     """Read ``frames`` frames spread evenly over a video, resized to ``size`` x ``size`` pixels.
 
     A shorter video repeats some. The aspect ratio is not kept, so that the geometry of a crop tells
-    nothing. Without ``info``, which is what `verify` found, the file is verified first.
-
-    Raises:
-        DamagedVideo: see `verify`.
+    nothing. Without ``info``, which is what `verify` found, the file is verified first. Raise
+    DamagedVideo as `verify` does.
     """
     info = info or verify(path)
     out = torch.empty(frames, size, size, 3, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -21,11 +22,8 @@ def split_by_group(
 
     Whole groups are drawn at random until about ``share`` of each class is tested on, with at least
     two videos to train on and one to test on. Unlabelled videos of groups that are tested on are in
-    no part: "".
-
-    Raises:
-        UserError: too few classes or videos, a labelled video without a part as others have one,
-            given parts that share a group, or no split by group.
+    no part: "". Raise UserError for too few classes or videos, given parts that share a group or
+    are not given to all labelled videos, and where there is no split by group.
     """
     _check_classes(videos, name)
     if any(video.split for video in videos):
@@ -41,7 +39,6 @@ def split_by_group(
 
 
 def _check_classes(videos: list[Video], name: str) -> None:
-    """Raise UserError unless two classes or more have enough videos to train and test on."""
     labels = Counter(v.label for v in videos if v.label and v.split != "unlabelled")
     if len(labels) < 2:
         found = f"{len(labels)} class found ({', '.join(labels) or 'none'})"
@@ -112,7 +109,8 @@ def _search(counts: Counts, total: Counter[str], name: str) -> set[str]:
     held = [(n, classes[label], j) for j, g in enumerate(groups) for label, n in counts[g].items()]
     sizes, rows, columns = zip(*held, strict=True)
     tested = csr_array((sizes, (rows, columns)), dtype=float)
-    ones, most = np.ones(len(groups)), np.array(list(total.values())) - 2
+    ones = np.ones(len(groups))
+    most: Any = np.array(list(total.values())) - 2
     limits = {"bounds": Bounds(0, 1), "constraints": LinearConstraint(tested, 1, most)}
     found = milp(ones, integrality=ones, options={"time_limit": 60}, **limits)
     if found.x is not None:

@@ -42,17 +42,10 @@ def patience(jobs: Iterable[Sequence[Path]], rate: float = 1e6) -> float:
     return 60 + max((sum(max(0, stat(path)[0]) for path in job) for job in jobs), default=0) / rate
 
 
-def to_json(verdict: Verdict) -> str:
-    """Return what `from_json` reads."""
-    return json.dumps(verdict if isinstance(verdict, str) else asdict(verdict))
-
-
 def from_json(text: str) -> Any:
-    """Return a verdict; raise ValueError or TypeError where `to_json` did not write it."""
+    """Return a verdict that ``json.dumps(verdict, default=asdict)`` wrote."""
     known = json.loads(text)
-    if isinstance(known, str):
-        return known
-    return VideoInfo(**known | {"keys": tuple(map(tuple, known["keys"]))})
+    return known if isinstance(known, str) else VideoInfo(**known)
 
 
 def _known_by(path: Path, stats: tuple[int, int]) -> tuple[Any, ...]:
@@ -82,10 +75,8 @@ def verified(paths: Sequence[Path], index: Path, *, workers: Any = 1) -> list[Ve
 
     ``index`` is an SQLite file, made if need be; files that it knows unchanged are not decoded
     again. With two ``workers`` or more (processes, or a cluster) a file whose reader dies or hangs
-    is refused for that reason, this time: the index does not keep it.
-
-    Raises:
-        UserError: the index is damaged or cannot be written.
+    is refused for that reason, this time: the index does not keep it. Raise UserError where the
+    index is damaged or cannot be written.
     """
     found: dict[int, Verdict] = {}
     try:
@@ -102,7 +93,8 @@ def verified(paths: Sequence[Path], index: Path, *, workers: Any = 1) -> list[Ve
 
             def keep(number: int, verdict: Verdict) -> None:
                 i = left[number]
-                db.execute(INSERT, (*_known_by(paths[i], stats[i]), to_json(verdict)))
+                text = json.dumps(verdict, default=asdict)
+                db.execute(INSERT, (*_known_by(paths[i], stats[i]), text))
 
             jobs = [(paths[i],) for i in left]
             about = {"title": "verifying videos", "unit": "video", "timeout": patience(jobs)}

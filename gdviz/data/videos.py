@@ -57,12 +57,9 @@ class VideoSet:
     ) -> VideoSet:
         """Return a set of videos in memory, uint8 ``[n, frames, height, width, 3]``.
 
-        Labels count classes from 0 on, and are -1 where unknown. Splits are ``train``,
-        ``unlabelled`` (whose labels are hidden) or ``test``. Videos of one group, a recording, stay
-        in one fold; by default each is its own. Names of labels are their numbers by default.
-
-        Raises:
-            UserError: shapes, types, splits or labels that do not fit.
+        Labels count from 0, -1 where unknown; splits are ``train``, ``unlabelled`` (which hides the
+        label) or ``test``; videos of one group (by default each is its own) stay in one fold. Raise
+        UserError where shapes, types, splits or labels do not fit.
         """
         pixels, numbers = np.asarray(pixels), np.asarray(labels)
         if pixels.ndim != 5 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
@@ -139,20 +136,12 @@ def open_videos(
 ) -> VideoSet:
     """Decode videos into a cache, or open the cache that an earlier call left.
 
-    Args:
-        videos: what to read; without given splits what can be read is split by group.
-        view: size and number of frames kept.
-        cache: folder for decoded sets, one sub-folder per fingerprint of files (path, size, time
-            of change), labels, view and code version: anything else never opens it.
-        name: what to call the set.
-        storage: how decoded videos are kept: memmap, jpeg or transcode.
-        workers: decoding processes, or a cluster; with two or more a reader that dies or hangs is
-            survived.
-        seed: draws the split.
-
-    Raises:
-        UserError: some videos have several labels, too little is left to train and test on, or the
-            disk is full.
+    Without given splits what can be read is split by group, drawn by ``seed``. Below ``cache`` lies
+    a folder for each fingerprint of files (path, size, time of change), labels, view and code
+    version: anything else never opens it. ``storage`` is memmap, jpeg or transcode. ``workers`` are
+    processes, or a cluster; with two or more a reader that dies or hangs costs its file only. Raise
+    UserError where videos have several labels, too little is left to train and test on, or the disk
+    is full.
     """
     if several := next((video for video in videos if video.labels), None):
         needs = "students are trained on videos of one class each"
@@ -223,9 +212,8 @@ def load_videos(
 ) -> VideoSet:
     """Open a set of your own: a folder, a list in a file, or an official layout (data/README.md).
 
-    Of an official layout (UCF101, HMDB51) the first split is taken. Arguments and errors: see
-    :func:`open_videos`. A script that wants several workers calls this under ``if __name__ ==
-    "__main__":``.
+    Of an official layout (UCF101, HMDB51) the first split is taken. More: :func:`open_videos`. A
+    script that wants several workers calls this under ``if __name__ == "__main__":``.
     """
     official = read_official(source)
     videos = official.videos if official else read_list(source)

@@ -78,7 +78,7 @@ def judge(path: str) -> str:
     return "equal"
 
 
-def fill_or_die(*args, **kwargs) -> str | None:
+def fill_or_die(*args, **kwargs) -> None:
     """Fills a shard; the process that reads b1.mp4 dies."""
     real = caches.read_square
 
