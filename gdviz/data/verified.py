@@ -45,7 +45,10 @@ def patience(jobs: Iterable[Sequence[Path]], rate: float = 1e6) -> float:
 def from_json(text: str) -> Any:
     """Return a verdict that ``json.dumps(verdict, default=asdict)`` wrote."""
     known = json.loads(text)
-    return known if isinstance(known, str) else VideoInfo(**known)
+    if isinstance(known, str):
+        return known
+    known.pop("by_decord", None)  # in older caches
+    return VideoInfo(**known)
 
 
 def _known_by(path: Path, stats: tuple[int, int]) -> tuple[Any, ...]:
