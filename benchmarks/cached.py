@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         for name, model in zip(teachers, models, strict=True):
-            read_out([model], fold, videos, VIEW, Path(folder) / name, name)
+            read_out([model], fold, videos, VIEW, Path(folder) / name)
         took = time.perf_counter() - began
         print(f"reading {count} videos out, {VIEW.clips} clips each, four teachers: {took:.0f} s")
         opened = {name: open_readout(Path(folder) / name, videos, VIEW) for name in teachers}

@@ -18,7 +18,7 @@ from gdviz.experiment.folder import Run, open_run
 from gdviz.experiment.steps import execute
 from gdviz.teachers.backbones import build_backbone
 from gdviz.teachers.own import find_source
-from gdviz.teachers.pretext import PretextTask, common
+from gdviz.teachers.pretext import common
 
 TASK, TEACHER = "examples.own_task:ArrowOfTime", "examples.own_teacher:videomae"
 METHOD = "examples.own_method:KDAndHint"
@@ -55,7 +55,7 @@ def test_the_arrow_of_time_is_learned_where_there_is_one(monkeypatch):
     torch.manual_seed(0)
     backbone = build_backbone("tiny4")
     task, rng = task_of(backbone.dim, 4, 2), Generator().manual_seed(0)
-    assert isinstance(task, PretextTask)
+    assert task.metric == "accuracy" and task.chance == 1 / 2
     side = torch.arange(16)
     inside = (side < 3 + torch.arange(12)[:, None]).float()  # (f, w)
     videos = (inside[:, :, None] * inside[:, None])[None, :, None].expand(16, 12, 3, 16, 16)

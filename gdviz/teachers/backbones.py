@@ -13,18 +13,25 @@ from torchvision.models import video as zoo
 
 from gdviz.core.files import UserError
 
+ZOO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
+KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # mean and std of colours
+
+Clips = Float[Tensor, "b 3 t h w"]
+
 
 class Backbone(nn.Module):
     """A trunk that gives feature maps of clips; features are their mean over space and time."""
+
+    trunk: nn.Module
 
     def __init__(self, trunk: nn.Module, dim: int) -> None:
         super().__init__()
         self.trunk, self.dim = trunk, dim
 
-    def maps(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d t2 h2 w2"]:
+    def maps(self, clips: Clips) -> Float[Tensor, "b d t2 h2 w2"]:
         return self.trunk(clips.contiguous(memory_format=torch.channels_last_3d))
 
-    def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d"]:
+    def forward(self, clips: Clips) -> Float[Tensor, "b d"]:
         return self.maps(clips).mean((2, 3, 4))
 
 
@@ -33,12 +40,9 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.fc = nn.Linear(backbone.dim, classes)
+        self.backbone, self.fc = backbone, nn.Linear(backbone.dim, classes)
 
-    def forward(
-        self, clips: Float[Tensor, "b 3 t h w"]
-    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
+    def forward(self, clips: Clips) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
         features = self.backbone(clips)
         return self.fc(features), features
 
@@ -51,19 +55,18 @@ class Renormalise(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        shape = (1, 3, 1, 1, 1)
-        self.register_buffer("scale", (0.25 / torch.tensor(std)).view(shape))
-        shift = (0.5 - torch.tensor(mean)) / torch.tensor(std)
-        self.register_buffer("shift", shift.view(shape))
+        centre, spread = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (mean, std))
+        self.register_buffer("scale", 0.25 / spread)
+        self.register_buffer("shift", (0.5 - centre) / spread)
 
-    def forward(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t h w"]:
+    def forward(self, clips: Clips) -> Clips:
         return clips * self.scale + self.shift
 
 
 class _Motion(nn.Module):
     """Keep of a clip what moves: ``x - mean_t x``, scaled to unit mean square."""
 
-    def forward(self, x: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b 3 t h w"]:
+    def forward(self, x: Clips) -> Clips:
         x = x - x.mean(2, keepdim=True)
         return x * (x.square().mean((1, 2, 3, 4), keepdim=True) + 1e-6).rsqrt()
 
@@ -73,8 +76,7 @@ def _conv(inputs: int, outputs: int, size: int, space: int, time: int) -> list[n
     edge, step = size // 2, (1, space, space)
     across = nn.Conv3d(inputs, outputs, (1, size, size), step, (0, edge, edge), bias=False)
     along = nn.Conv3d(outputs, outputs, (3, 1, 1), (time, 1, 1), (1, 0, 0), bias=False)
-    between = [nn.BatchNorm3d(outputs), nn.ReLU(inplace=True)]
-    return [across, *between, along, nn.BatchNorm3d(outputs)]
+    return [across, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True), along, nn.BatchNorm3d(outputs)]
 
 
 class _Block(nn.Module):
@@ -92,51 +94,34 @@ class _Block(nn.Module):
 
 
 def _tiny(width: int, sees: str) -> Backbone:
-    """Build a small R(2+1)D for clips of 24 to 64 pixels.
+    """Build a small R(2+1)D for clips of 24 to 64 pixels, ``width`` channels after the stem.
 
-    ``width`` channels after the stem, four times as many at the end. ``sees``: ``""`` clips as they
-    are, ``"n"`` each divided by its own deviation, ``"m"`` each minus its mean frame. The embedded
-    clips differ most in appearance. From scratch on 84 labelled clips ``tiny16`` is right on 7, 24
-    and 40 % of the test clips, with all true labels for four epochs on 8, 53 and 61 % (one seed).
+    The embedded clips differ most in appearance, which the suffixes take away. From scratch on 84
+    labelled clips ``tiny16`` is right on 7, 24 (n) and 40 % (m) of the test clips, with all true
+    labels for four epochs on 8, 53 and 61 % (one seed).
     """
     first = {"": (), "n": (nn.InstanceNorm3d(3),), "m": (_Motion(),)}[sees]
-    stem = [*first, *_conv(3, width, 5, 2, 1), nn.ReLU(inplace=True)]
-    blocks = [
-        _Block(width, 2 * width, 2, 1),
-        _Block(2 * width, 2 * width, 1, 1),
-        _Block(2 * width, 4 * width, 2, 2),
-    ]
-    return Backbone(nn.Sequential(nn.Sequential(*stem), *blocks), 4 * width)
-
-
-ZOO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
-KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # mean and std of colours
+    stem = nn.Sequential(*first, *_conv(3, width, 5, 2, 1), nn.ReLU(inplace=True))
+    sizes = ((1, 2, 2, 1), (2, 2, 1, 1), (2, 4, 2, 2))
+    blocks = [_Block(n * width, m * width, space, time) for n, m, space, time in sizes]
+    return Backbone(nn.Sequential(stem, *blocks), 4 * width)
 
 
 def _from_zoo(name: str, kinetics: bool) -> Backbone:
     """Build one of torchvision's; ``kinetics`` fetches its weights."""
-    net = getattr(zoo, name)(weights=None)
+    net, scale = getattr(zoo, name)(weights=None), []
     if kinetics:
-        _load_kinetics(net, name)
-    scale = [Renormalise(*KINETICS)] if kinetics else []
-    if name == "s3d":
-        return Backbone(nn.Sequential(*scale, net.features), 1024)
-    stages = [net.stem, net.layer1, net.layer2, net.layer3, net.layer4]
-    return Backbone(nn.Sequential(*scale, *stages), 512)
-
-
-def _load_kinetics(net: nn.Module, name: str) -> None:
-    weights = get_model_weights(name)["DEFAULT"]
-    try:
-        state = weights.get_state_dict(check_hash=True, progress=False)
-    except (OSError, RuntimeError) as error:
-        home = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(
-            f"cannot fetch {weights.url} ({error}); put that file into {home}, or take {name}, "
-            "untrained"
-        ) from error
-    if not next(net.parameters()).is_meta:  # there, only sizes are checked
-        net.load_state_dict(state)
+        weights, scale = get_model_weights(name)["DEFAULT"], [Renormalise(*KINETICS)]
+        try:
+            state = weights.get_state_dict(check_hash=True, progress=False)
+        except (OSError, RuntimeError) as error:
+            home = Path(torch.hub.get_dir()) / "checkpoints"
+            advice = f"put that file into {home}, or take {name}, untrained"
+            raise UserError(f"cannot fetch {weights.url} ({error}); {advice}") from error
+        if not next(net.parameters()).is_meta:  # there, only sizes are checked
+            net.load_state_dict(state)
+    stages = list(net.children())[:-2]  # without the pooling and the head
+    return Backbone(nn.Sequential(*scale, *stages), 1024 if name == "s3d" else 512)
 
 
 def build_backbone(name: str) -> Backbone:
@@ -157,8 +142,7 @@ def build_backbone(name: str) -> Backbone:
     elif base in ZOO and weights in ("", "kinetics"):
         backbone = _from_zoo(base, bool(weights))
     else:
-        raise UserError(
-            f"unknown backbone {name!r}: choose tinyW (tiny8, tiny16, ...), tinyWn, tinyWm or one "
-            f"of {', '.join(ZOO)}, with @kinetics for pretrained weights"
-        )
+        choice = f"tinyW (tiny8, tiny16, ...), tinyWn, tinyWm or one of {', '.join(ZOO)}"
+        weights = "with @kinetics for pretrained weights"
+        raise UserError(f"unknown backbone {name!r}: choose {choice}, {weights}")
     return backbone.to(memory_format=torch.channels_last_3d)

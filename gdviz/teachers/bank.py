@@ -6,7 +6,6 @@
 A file holds raw ``logits [videos, clips, c]`` and ``features [videos, clips, d]``, the ``fold``
 of labelled videos (else -1), and ``held``, their features out of fold. Logits of labelled videos
 are out of fold. Features are all the teacher's own: those of its copies live in other spaces.
-A :class:`Bank` gives *calibrated* logits, and means over clips unless asked for a clip.
 A safetensors file is a memory map: what training asks for is read, and no more.
 """
 
@@ -22,19 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from gdviz.config import View
-from gdviz.core import distributed
-from gdviz.core.files import (
-    UserError,
-    fingerprint,
-    load_json,
-    load_tensors,
-    meta_of,
-    save_json,
-    save_tensors,
-)
+from gdviz.core import distributed, files
+from gdviz.core.files import UserError, meta_of
 from gdviz.data.clips import multi_views
 from gdviz.data.videos import VideoSet
 
@@ -49,40 +39,29 @@ def device_of(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, videos: VideoSet, rows: Int[Tensor, " n"], view: View, batch: int = 128
+    model: nn.Module, videos: VideoSet, rows: Int[Tensor, " n"], view: View
 ) -> tuple[Float[Tensor, "n v c"], Float[Tensor, "n v d"]]:
     """Return logits and features of each of ``view.clips`` clips of these videos.
 
-    Processes that train together share the work.
-
-    Args:
-        model: clips [b, 3, t, h, w] -> (logits [b, c], features [b, d]); put into eval mode.
-        videos: the set.
-        rows: which videos.
-        view: how clips are taken.
-        batch: videos read at once.
+    ``model`` maps clips [b, 3, t, h, w] to logits [b, c] and features [b, d], and is put into eval
+    mode. Processes that train together share the work.
     """
     model.eval()
-    device = device_of(model)
-
-    def see(part: Tensor) -> list[Tensor]:
-        frames = videos.batch(part).to(device)
-        clips = multi_views(frames, view.length, view.stride, view.clips, 1)
-        return [torch.stack(of, 1) for of in zip(*map(model, clips), strict=True)]
-
-    world = distributed.world()
+    device, world, seen = device_of(model), distributed.world(), []
     even = rows[torch.arange(math.ceil(len(rows) / world) * world) % len(rows)]  # some twice
-    seen = zip(*map(see, distributed.deal(even).split(batch)), strict=True)
-    logits, features = (
-        distributed.gather(torch.cat(parts).float())[: len(rows)].cpu() for parts in seen
-    )
+    for part in distributed.deal(even).split(128):
+        frames = videos.batch(part).to(device)
+        clips = multi_views(frames, view.length, view.stride, view.clips, crops=1)
+        seen.append([torch.stack(of, 1) for of in zip(*map(model, clips), strict=True)])
+    whole = (distributed.gather(torch.cat(parts).float()) for parts in zip(*seen, strict=True))
+    logits, features = (x[: len(rows)].cpu() for x in whole)
     return logits, features
 
 
 def calibration_temperature(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
-    """Return the t that minimises the cross-entropy of ``logits / t`` (Guo et al. 2017).
+    """Return the t in [0.25, 16] with the least cross-entropy of ``logits / t`` (Guo et al. 2017).
 
-    From a grid in [0.25, 16].
+    The best of a grid of 121.
     """
     grid = torch.logspace(-2, 4, 121, base=2.0)
     losses = torch.stack([cross_entropy(logits / t, labels) for t in grid])
@@ -91,11 +70,11 @@ def calibration_temperature(logits: Float[Tensor, "n c"], labels: Int[Tensor, " 
 
 @dataclass(frozen=True)
 class Readout:
-    """One teacher's raw logits and features of every clip of every video, by parts.
+    """One teacher's raw logits and features of every clip of every video, ``PART`` videos a part.
 
     Attributes:
-        parts: ``logits [m, v, c]``, ``features [m, v, d]``, ``fold [m]`` and ``held [h, v, d]`` of
-            ``PART`` videos each; row i of ``held`` is the i-th video of the part with a fold.
+        parts: ``logits [m, v, c]``, ``features [m, v, d]``, ``fold [m]`` and ``held [h, v, d]``,
+            whose row i is the i-th video of the part with a fold.
         temperature: what the logits are divided by to be calibrated.
     """
 
@@ -108,31 +87,25 @@ class Readout:
         return torch.cat([part["fold"] for part in self.parts]).long()
 
     def at(self, name: str, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b _"]:
-        """Return ``logits``, ``features`` or ``held`` of these videos.
+        """Return means over clips of ``logits``, ``features`` or ``held`` of these videos.
 
-        ``held`` means features out of fold, where a video has a fold, and else ``features``.
-        Means over clips; with ``clips`` those of clip ``clips[i]`` of video ``rows[i]``.
+        With ``clips`` those of clip ``clips[i]`` of video ``rows[i]``. ``held`` means features out
+        of fold, where a video has a fold, and else ``features``; always means.
         """
         if name == "held":
-            return self._held(rows)
-        out = torch.empty(len(rows), self.parts[0][name].shape[-1])
-        number, place = rows // PART, rows % PART
-        for n in number.unique().tolist():
-            here = number == n
-            part = self.parts[n][name]
-            if clips is None:
-                out[here] = part[place[here]].float().mean(1)
-            else:
-                out[here] = part[place[here], clips[here]].float()
-        return out
-
-    def _held(self, rows: Tensor) -> Tensor:
-        out = self.at("features", rows)
-        for i, row in enumerate(rows.tolist()):
-            part, place = self.parts[row // PART], row % PART
-            if part["fold"][place] >= 0:
-                number = int((part["fold"][:place] >= 0).sum())  # its row in `held`
-                out[i] = part["held"][number].float().mean(0)
+            out, wanted = self.at("features", rows), self.fold[rows] >= 0
+        else:
+            out = torch.empty(len(rows), self.parts[0][name].shape[-1])
+            wanted = torch.ones_like(rows, dtype=torch.bool)
+        for n in (rows[wanted] // PART).unique().tolist():
+            here, part = wanted & (rows // PART == n), self.parts[n]
+            place = rows[here] % PART
+            if name == "held":
+                place = (part["fold"] >= 0).cumsum(0)[place] - 1
+            elif clips is not None:
+                out[here] = part[name][place, clips[here]].float()
+                continue
+            out[here] = part[name][place].float().mean(1)
         return out
 
     @classmethod
@@ -145,9 +118,9 @@ class Readout:
         temperature: float = 1.0,
     ) -> Readout:
         """Return a readout in memory, of one clip a video (at most ``PART`` videos)."""
-        held = features if held is None else held
-        parts = {"logits": logits[:, None], "features": features[:, None], "fold": fold}
-        return cls([parts | {"held": held[fold >= 0][:, None]}], temperature)
+        held = (features if held is None else held)[fold >= 0]
+        means = {"logits": logits, "features": features, "held": held}
+        return cls([{name: x[:, None] for name, x in means.items()} | {"fold": fold}], temperature)
 
 
 def stamp_of(models: Sequence[nn.Module], videos: VideoSet, view: View) -> str:
@@ -158,7 +131,7 @@ def stamp_of(models: Sequence[nn.Module], videos: VideoSet, view: View) -> str:
         for name, value in model.state_dict().items():
             raw = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
             weights.update(name.encode() + raw.tobytes())
-    return fingerprint(weights.hexdigest(), videos.fingerprint, view, VERSION)
+    return files.fingerprint(weights.hexdigest(), videos.fingerprint, view, VERSION)
 
 
 def _part(
@@ -166,19 +139,22 @@ def _part(
 ) -> dict[str, Tensor]:
     """Ask the teacher about ``rows``; about labelled ones, the copy that has not seen them."""
     logits, features = predict(models[0], videos, rows, view)
-    held = features.clone()
+    held, fold = features.clone(), fold[rows]
     for number, copy in enumerate(models[1:]):
-        own = fold[rows] == number
+        own = fold == number
         if own.any():
             logits[own], held[own] = predict(copy, videos, rows[own], view)
-    found = {"logits": logits, "features": features, "held": held[fold[rows] >= 0]}
-    half = {name: value.half() for name, value in found.items()}
-    if lost := [name for name, value in half.items() if not value.isfinite().all()]:
+    part = {"logits": logits.half(), "features": features.half(), "held": held[fold >= 0].half()}
+    if lost := [name for name, value in part.items() if not value.isfinite().all()]:
         raise ValueError(
             f"{' and '.join(lost)} of a teacher are not finite, or larger than the 65504 that half "
             "precision holds"
         )
-    return half | {"fold": fold[rows].short()}
+    return part | {"fold": fold.short()}
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
 
 
 def read_out(
@@ -187,32 +163,25 @@ def read_out(
     videos: VideoSet,
     view: View,
     folder: Path | None = None,
-    progress: str | None = None,
 ) -> Readout:
     """Read a teacher out on every video, part by part; go on where an earlier call stood.
 
-    Args:
-        models: the teacher, then a copy for each fold that was fitted without that fold.
-        fold: of labelled training videos, else -1.
-        videos: the set; all of it is read.
-        view: how clips are taken.
-        folder: where parts are kept; None keeps them in memory.
-        progress: title of the progress bar; None hides it.
+    ``models`` are the teacher, then a copy for each ``fold`` that was fitted without that fold.
+    ``folder`` is where parts are kept; None keeps them in memory.
 
     Raises:
         ValueError: an output that half precision does not hold.
     """
     stamp, parts = stamp_of(models, videos, view), []
-    every = torch.arange(len(videos.splits)).split(PART)
-    for n, rows in enumerate(tqdm(every, desc=progress, disable=progress is None, leave=False)):
-        file = folder and folder / f"{n:05d}.safetensors"
+    for number, rows in enumerate(torch.arange(len(videos.splits)).split(PART)):
+        file = folder and _file(folder, number)
         kept = distributed.agreed(file is not None and meta_of(file).get("stamp") == stamp)
-        part = None if kept else _part(models, fold, videos, rows, view)
-        if file is not None:
+        part = {} if kept else _part(models, fold, videos, rows, view)
+        if file:
             if part and distributed.first():
-                save_tensors(file, part, stamp=stamp)
+                files.save_tensors(file, part, stamp=stamp)
             distributed.agreed(None)  # all read what the first one has written
-            part = load_tensors(file)
+            part = files.load_tensors(file)
         parts.append(part)
     train = videos.rows("train")
     logits = Readout(parts).at("logits", train)
@@ -224,13 +193,12 @@ def read_out(
 
 def save_readout(folder: Path, readout: Readout, videos: VideoSet, view: View, stamp: str) -> None:
     """Write ``index.json``, and the parts that are not there."""
-    for n, part in enumerate(readout.parts):
-        file = folder / f"{n:05d}.safetensors"
-        if meta_of(file).get("stamp") != stamp:
-            save_tensors(file, part, stamp=stamp)
+    for number, part in enumerate(readout.parts):
+        if meta_of(_file(folder, number)).get("stamp") != stamp:
+            files.save_tensors(_file(folder, number), part, stamp=stamp)
     index = {"version": VERSION, "part": PART, "parts": len(readout.parts), "stamp": stamp}
     index |= {"videos": videos.fingerprint, "view": view, "temperature": readout.temperature}
-    save_json(folder / "index.json", index)
+    files.save_json(folder / "index.json", index)
 
 
 def is_read_out(folder: Path) -> bool:
@@ -238,7 +206,7 @@ def is_read_out(folder: Path) -> bool:
     index = folder / "index.json"
     if not index.exists():
         return False
-    return all((folder / f"{n:05d}.safetensors").exists() for n in range(load_json(index)["parts"]))
+    return all(_file(folder, n).exists() for n in range(files.load_json(index)["parts"]))
 
 
 def open_readout(folder: Path, videos: VideoSet, view: View) -> Readout:
@@ -247,43 +215,30 @@ def open_readout(folder: Path, videos: VideoSet, view: View) -> Readout:
     Raises:
         UserError: it is missing or damaged, or of other videos or another view.
     """
-    index = load_json(folder / "index.json")
+    index = files.load_json(folder / "index.json")
     wanted = {"version": VERSION, "part": PART, "videos": videos.fingerprint}
     wanted |= {"stride": view.stride, "length": view.length, "clips": view.clips}
     found = index | index.get("view", {})
+    again = "delete it to have that teacher made again"
     if differing := [name for name, value in wanted.items() if value != found.get(name)]:
-        raise UserError(
-            f"{folder}: is of another set ({', '.join(differing)} differ); delete it to have that "
-            "teacher made again"
-        )
-    files = [folder / f"{n:05d}.safetensors" for n in range(index["parts"])]
-    parts = [load_tensors(file) for file in files]
-    if other := [file.name for file in files if meta_of(file).get("stamp") != index["stamp"]]:
-        raise UserError(
-            f"{folder}: {', '.join(other)} of another teacher; delete it to have it made again"
-        )
+        raise UserError(f"{folder}: is of another set ({', '.join(differing)} differ); {again}")
+    names = [_file(folder, number) for number in range(index["parts"])]
+    parts = [files.load_tensors(file) for file in names]
+    if other := [file.name for file in names if meta_of(file).get("stamp") != index["stamp"]]:
+        raise UserError(f"{folder}: {', '.join(other)} of another teacher; {again}")
     return Readout(parts, index["temperature"])
 
 
 @dataclass(frozen=True)
 class Bank:
-    """What K frozen teachers say of every video of a set; rows are videos.
-
-    Attributes:
-        teachers: their names.
-        readouts: what each said, by clip.
-        logits: ``[n, k, c]`` calibrated means over clips.
-        labels: ``[n]`` of the labelled training part, else -1: no other label is passed on.
-        fold: ``[n]`` cross-fitting fold of a labelled video, else -1.
-        dealt: ``[n]`` the video that row i is told of, where shuffled.
-    """
+    """What K frozen teachers say of every video of a set; rows are videos."""
 
     teachers: tuple[str, ...]
-    readouts: tuple[Readout, ...]
-    logits: Float[Tensor, "n k c"]
-    labels: Int[Tensor, " n"]
-    fold: Int[Tensor, " n"]
-    dealt: Int[Tensor, " n"] | None = None
+    readouts: tuple[Readout, ...]  # what each said, by clip
+    logits: Float[Tensor, "n k c"]  # calibrated means over clips
+    labels: Int[Tensor, " n"]  # of the labelled training part, else -1: no other is passed on
+    fold: Int[Tensor, " n"]  # cross-fitting fold of a labelled video, else -1
+    dealt: Int[Tensor, " n"] | None = None  # the video that row i is told of, where shuffled
 
     @property
     def dims(self) -> list[int]:
@@ -299,8 +254,7 @@ class Bank:
         if clips is None:
             return self.logits[rows]
         told = self._told(rows)
-        each = [r.at("logits", told, clips) / r.temperature for r in self.readouts]
-        return torch.stack(each, 1)
+        return torch.stack([r.at("logits", told, clips) / r.temperature for r in self.readouts], 1)
 
     def features_at(
         self, rows: Tensor, clips: Tensor | None = None, *, held: bool = False
@@ -327,13 +281,8 @@ class Bank:
 
 def gather(readouts: dict[str, Readout], videos: VideoSet) -> Bank:
     """Return the bank of these teachers, by name."""
-    every = torch.arange(len(videos.splits))
-    known = torch.tensor([split == "train" for split in videos.splits])
-    logits = [r.at("logits", every) / r.temperature for r in readouts.values()]
-    return Bank(
-        teachers=tuple(readouts),
-        readouts=tuple(readouts.values()),
-        logits=torch.stack(logits, 1),
-        labels=torch.where(known, videos.labels, -1),
-        fold=next(iter(readouts.values())).fold,
-    )
+    every, each = torch.arange(len(videos.splits)), tuple(readouts.values())
+    logits = torch.stack([r.at("logits", every) / r.temperature for r in each], 1)
+    known = torch.isin(every, videos.rows("train"))
+    labels = torch.where(known, videos.labels, -1)
+    return Bank(tuple(readouts), each, logits, labels, each[0].fold)

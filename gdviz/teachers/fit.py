@@ -34,17 +34,8 @@ def pretrain(
 ) -> tuple[Backbone, nn.Module, list[dict[str, float]]]:
     """Train a backbone on a pretext task over all training videos; labels stay unseen.
 
-    Args:
-        name: of a pretext task, or MODULE:NAME of your own.
-        cfg: backbone and schedule (``cfg.pretrain``).
-        view: the teacher's view.
-        videos: the set.
-        seed: of initialisation, batches and views.
-        device: where to train.
-        keep: checkpoint, progress bar and TensorBoard folder.
-
-    Returns:
-        The backbone, the task with its head, and one row of logged means an epoch.
+    ``name`` is of a task, or MODULE:NAME of your own. Return the backbone, the task with its head,
+    and one row of logged means an epoch.
 
     Raises:
         UserError: no such task or backbone.
@@ -89,8 +80,8 @@ def fit(
     if isinstance(backbone, OwnBackbone) and backbone.fitted:
         return build_classifier(backbone, classes)
     torch.manual_seed(seed)
-    device = device_of(backbone)
-    model = build_classifier(copy.deepcopy(backbone), classes).to(device)
+    device, backbone = device_of(backbone), copy.deepcopy(backbone)
+    model = build_classifier(backbone, classes).to(device)
 
     def step(rows: Tensor, rng: Generator, epoch: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         own, rng = distributed.deal(rows), distributed.own_generator(rng)
@@ -99,7 +90,7 @@ def fit(
         return cross_entropy(logits, videos.labels[own].to(device)), {}
 
     keep = Bookkeeping(checkpoint=checkpoint)
-    train(model, step, rows, schedule, seed=seed, compiled=[model.backbone.trunk], keep=keep)
+    train(model, step, rows, schedule, seed=seed, compiled=[backbone.trunk], keep=keep)
     return model
 
 
@@ -113,13 +104,11 @@ def folds_of(labels: Int[Tensor, " n"], groups: list[str], folds: int, seed: int
     if folds < 2:
         raise ValueError("cross-fitting needs two labelled videos a class, in different groups")
     # When every video is its own group the plain splitter balances classes exactly.
-    if len(set(groups)) == len(groups):
-        splitter, by = StratifiedKFold, ()
-    else:
-        splitter, by = StratifiedGroupKFold, (groups,)
+    alone = len(set(groups)) == len(groups)
+    splitter = StratifiedKFold if alone else StratifiedGroupKFold
+    parts = splitter(folds, shuffle=True, random_state=seed)
     fold = torch.empty(len(labels), dtype=torch.long)
-    parts = splitter(folds, shuffle=True, random_state=seed).split(labels, labels, *by)
-    for number, (_, held) in enumerate(parts):
+    for number, (_, held) in enumerate(parts.split(labels, labels, None if alone else groups)):
         fold[torch.from_numpy(held)] = number
     return fold
 
@@ -135,25 +124,17 @@ def fit_teacher(
 ) -> tuple[nn.Module, Readout]:
     """Fit a teacher on the labelled part and read it out on every clip of every video.
 
-    For labelled videos a copy answers that was fitted without the video's fold.
-
-    Args:
-        backbone: pre-trained, or a network of your own.
-        videos: the set.
-        cfg: folds and schedule (``cfg.fit``).
-        view: the teacher's view.
-        seed: of folds, heads and batches.
-        folder: where fits resume from ``fit-*.ckpt``, for the caller to remove, and the
-            readout stays in ``bank/``; None keeps it in memory.
+    For labelled videos a copy answers that was fitted without the video's fold. In ``folder`` fits
+    resume from ``fit-*.ckpt``, for the caller to remove, and the readout stays in ``bank/``; None
+    keeps it in memory.
     """
-    rows = videos.rows("train")
+    rows, fold = videos.rows("train"), torch.full((len(videos.splits),), -1)
     groups = [videos.groups[i] for i in rows]
-    fold = torch.full((len(videos.splits),), -1)
     fold[rows] = folds_of(videos.labels[rows], groups, cfg.folds, seed)
-    parts = [rows, *(rows[fold[rows] != number] for number in range(int(fold.max()) + 1))]
     models = []
-    for number, part in enumerate(parts):
-        checkpoint = folder and folder / f"fit-{number}.ckpt"
+    for number in range(-1, int(fold.max()) + 1):  # the teacher itself leaves out no fold
+        checkpoint = folder and folder / f"fit-{number + 1}.ckpt"
+        part = rows[fold[rows] != number]
         models.append(fit(backbone, videos, part, view, cfg.fit, seed=seed, checkpoint=checkpoint))
     return models[0], read_out(models, fold, videos, view, folder and folder / "bank")
 

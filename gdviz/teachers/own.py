@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from inspect import signature
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -18,7 +17,8 @@ from torch.nn.functional import interpolate
 from gdviz.core.files import UserError
 from gdviz.core.names import resolve
 from gdviz.teachers.backbones import Backbone, Classifier, Renormalise
-from gdviz.teachers.pretext import TASKS, PretextTask
+from gdviz.teachers.bank import device_of
+from gdviz.teachers.pretext import TASKS
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,23 @@ class Tapped(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, clips: Tensor) -> tuple[Tensor | None, Tensor]:
-        found: dict[str, Any] = {}
+        outputs: dict[nn.Module, Any] = {}
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[module] = output
+
+        modules = {name: self.net.get_submodule(path) for name, path in self.paths.items()}
         learns = torch.is_grad_enabled() and not self.frozen
         with ExitStack() as hooks, torch.set_grad_enabled(learns):
-            for argument, path in self.paths.items():
-                hook = partial(_keep, found, argument)
-                hooks.enter_context(self.net.get_submodule(path).register_forward_hook(hook))
+            for module in modules.values():
+                hooks.enter_context(module.register_forward_hook(keep))
             self.net(clips)
-        for argument, path in self.paths.items():
-            if argument not in found:
-                raise UserError(f"{argument}={path!r}: the network runs without this module")
-            found[argument] = _first_tensor(found[argument], f"{argument}={path!r}")
+        found = {}
+        for name, module in modules.items():
+            where = f"{name}={self.paths[name]!r}"
+            if module not in outputs:
+                raise UserError(f"{where}: the network runs without this module")
+            found[name] = _first_tensor(outputs[module], where)
         return found.get("logits"), self._pool(found["features"])
 
     def _pool(self, maps: Tensor) -> Float[Tensor, "b d"]:
@@ -109,14 +115,9 @@ class Tapped(nn.Module):
         if maps.ndim not in (3, 5):
             path, wanted = self.paths["features"], "[b, d], [b, n, d] or [b, d, t, h, w]"
             raise UserError(f"features={path!r}: wanted are {wanted}, not {list(maps.shape)}")
-        channels = self.channels
-        if channels is None:
-            channels = 1 if maps.ndim == 5 else -1
+        usual = 1 if maps.ndim == 5 else -1
+        channels = usual if self.channels is None else self.channels
         return maps.movedim(channels, 1).flatten(2).mean(2)
-
-
-def _keep(found: dict[str, Any], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    found[name] = output
 
 
 def _first_tensor(output: Any, where: str) -> Tensor:
@@ -142,9 +143,8 @@ class OwnBackbone(Backbone):
     def __init__(self, teacher: Teacher) -> None:
         super().__init__(cast(nn.Module, teacher), 0)
         self.view = view = teacher.view
-        device = next((p.device for p in self.trunk.parameters()), torch.device("cpu"))
+        device, mode = device_of(self.trunk), self.trunk.training
         self.scale = Renormalise(view.mean, view.std).to(device)
-        mode = self.trunk.training
         self.eval()
         with torch.no_grad():
             clip = torch.zeros(1, 3, view.length, view.size, view.size, device=device)
@@ -175,18 +175,14 @@ class OwnClassifier(OwnBackbone):
 
     fitted = True
 
-    def forward(  # type: ignore[override]
-        self, clips: Float[Tensor, "b 3 t h w"]
-    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b d"]]:
-        logits, features = self.read(clips)
-        assert logits is not None, "a fitted teacher returns logits"
-        return logits, features
+    def forward(self, clips: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+        return self.read(clips)
 
 
 def build_classifier(backbone: Backbone, classes: int) -> Classifier | OwnClassifier:
-    """Return a module whose call gives logits [b, c] and features [b, d] of clips.
+    """Return the backbone with a new head, or a fitted teacher as it is.
 
-    That is the backbone with a new head, or a fitted teacher as it is.
+    Its call gives logits [b, c] and features [b, d] of clips.
 
     Raises:
         UserError: a fitted teacher has logits over another number of classes.
@@ -194,19 +190,16 @@ def build_classifier(backbone: Backbone, classes: int) -> Classifier | OwnClassi
     if not isinstance(backbone, OwnClassifier):
         return Classifier(backbone, classes)
     if backbone.classes != classes:
-        raise UserError(
-            f"this teacher's logits are over {backbone.classes} classes, but the data has "
-            f"{classes}; read its features only"
-        )
+        theirs = f"this teacher's logits are over {backbone.classes} classes"
+        raise UserError(f"{theirs}, but the data has {classes}; read its features only")
     return backbone
 
 
-def find_source(name: str) -> Callable[[int, int, int], PretextTask] | OwnBackbone:
+def find_source(name: str) -> Callable[[int, int, int], Any] | OwnBackbone:
     """Return what a teacher is made from: a pretext task's class, or a network of the user's own.
 
-    Args:
-        name: of ``TASKS``; or MODULE:NAME of a task's class, or of a function that returns a
-            :class:`Teacher`. What that function draws is the same at every call.
+    ``name`` is of ``TASKS``; or MODULE:NAME of a class with the shape of a ``PretextTask``, or of a
+    function that returns a :class:`Teacher`; what that draws is the same at every call.
 
     Raises:
         UserError: there is no such thing, or it is something else.

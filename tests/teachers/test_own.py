@@ -26,7 +26,7 @@ from gdviz.teachers.own import (
     build_classifier,
     find_source,
 )
-from gdviz.teachers.pretext import FrameOrder
+from gdviz.teachers.pretext.choices import FrameOrder
 
 VIEW = View(size=16, frames=6, length=4, stride=1, clips=2)
 TINY = Teachers(fit=Schedule(epochs=1, batch=4, min_steps=2), folds=2)

@@ -5,10 +5,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from gdviz.teachers.backbones import Backbone
-from gdviz.teachers.pretext.common import Choice, Clips, Scored, Videos, draw_clips
+from gdviz.teachers.pretext.common import Choice, Clips, PretextTask, Scored, Videos, draw_clips
 
 
-class Contrast(nn.Module):
+class Contrast(PretextTask):
     """Tell a clip's partner, of the same video, from clips of other videos.
 
     Loss: InfoNCE over 2n clips of n videos, ``-log exp(z_i.z_i'/t) / sum_{j != i} exp(z_i.z_j/t)``,
@@ -22,16 +22,12 @@ class Contrast(nn.Module):
     metric, chance = "ranked", 1 / 2
 
     def __init__(self, dim: int, length: int, stride: int) -> None:
-        super().__init__()
-        self.length, self.stride = length, stride
+        super().__init__(dim, length, stride)
         self.project = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 128))
 
     def views(self, videos: Videos, rng: Generator) -> tuple[Clips, Choice]:
-        """Return one clip of every video, then another, and the place of each one's partner.
-
-        Of half of the batch, because each video is seen twice, but of two videos or more.
-        """
-        videos = videos[: max(2, (len(videos) + 1) // 2)]
+        """Return one clip of half of the videos, then another, and the place of each's partner."""
+        videos = videos[: max(2, (len(videos) + 1) // 2)]  # one alone has no other to differ from
         clips = [draw_clips(videos, self.length, self.stride, rng, strength=2.0) for _ in range(2)]
         place = torch.arange(2 * len(videos), device=videos.device)
         return torch.cat(clips), place.roll(len(videos))

@@ -3,16 +3,15 @@
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn.functional import affine_grid, grid_sample, smooth_l1_loss
 
 from gdviz.core import distributed
 from gdviz.teachers.backbones import Backbone
-from gdviz.teachers.pretext.common import Scored, Videos, draw_clips
+from gdviz.teachers.pretext.common import Clips, PretextTask, Scored, Videos, draw_clips
 
 
-class Registration(nn.Module):
+class Registration(PretextTask):
     """Regress the similarity transform between the first and the last view of a camera path.
 
     A camera that shifts, turns and zooms at constant speed sees one frame of the video. Target:
@@ -21,18 +20,11 @@ class Registration(nn.Module):
     al. register images and report corner errors in pixels, which do not compare.
     """
 
-    metric, chance = "r2", 0.0
+    metric, chance, outputs = "r2", 0.0, 4
     ranges = (0.8, 0.8, math.pi / 2, 0.7)
 
-    def __init__(self, dim: int, length: int, stride: int) -> None:
-        super().__init__()
-        self.length = length
-        self.head = nn.Linear(dim, 4)
-
-    def views(
-        self, videos: Videos, rng: Generator
-    ) -> tuple[Float[Tensor, "b 3 t h w"], Float[Tensor, "b 4"]]:
-        """Return camera paths and scaled transforms."""
+    def views(self, videos: Videos, rng: Generator) -> tuple[Clips, Tensor]:
+        """Return camera paths and scaled transforms [b, 4]."""
         frame = draw_clips(videos, 1, 1, rng).squeeze(2)
         target = torch.rand(len(frame), 4, generator=rng) * 2 - 1
         # The path is centred, so that no end looks special.
@@ -46,7 +38,7 @@ class Registration(nn.Module):
         seen = grid_sample(frames, grid, padding_mode="reflection", align_corners=False)
         return seen.unflatten(0, (-1, self.length)).transpose(1, 2), target.to(frame)
 
-    def forward(self, backbone: Backbone, clips: Tensor, target: Float[Tensor, "b 4"]) -> Scored:
+    def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> Scored:
         estimate = self.head(backbone(clips))
         # A variance is one of the whole batch.
         both = distributed.gather(torch.cat([estimate.detach(), target], 1))
