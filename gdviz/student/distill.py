@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,15 +18,15 @@ from gdviz.data.videos import VideoSet
 from gdviz.student.edges import Graphs
 from gdviz.student.family import build_student
 from gdviz.student.methods import Batch, Method, Setting, find_method
-from gdviz.teachers.backbones import Classifier
+from gdviz.teachers.backbones import Classifier, Clips
 from gdviz.teachers.bank import Bank
 
 
 class Balance(nn.Module):
     """Scale losses to the cross-entropy: ``lambda = scale |dCE/dh| / |dL/dh|``, h the features.
 
-    Measured over the first epoch and then kept: the cross-entropy of a few labelled clips soon
-    vanishes, and would take the other losses along. Buffers, so that a checkpoint holds them.
+    Measured over the first epoch and then kept in buffers: the cross-entropy of a few labelled
+    clips soon vanishes, and would take the other losses along.
     """
 
     def __init__(self, scales: dict[str, float]) -> None:
@@ -40,12 +39,12 @@ class Balance(nn.Module):
         """Add up the norms of the losses' gradients by the features."""
         for name, loss in losses.items():
             (grad,) = torch.autograd.grad(loss, features, retain_graph=True)
-            getattr(self, f"norm_{name}").add_(grad.norm())
+            self.get_buffer(f"norm_{name}").add_(grad.norm())
 
     def factor(self, name: str) -> Tensor:
         """Return lambda."""
-        norm = getattr(self, f"norm_{name}").clamp(min=1e-12)
-        return self.scales[name] * self.norm_ce / norm
+        norm = self.get_buffer(f"norm_{name}").clamp(min=1e-12)
+        return self.scales[name] * self.get_buffer("norm_ce") / norm
 
 
 class Student(nn.Module):
@@ -79,22 +78,20 @@ class Lesson:
             return torch.cat([drawn[:count], rows]), count
         return drawn, len(drawn)
 
-    def clips(
-        self, rows: Tensor, which: Tensor | None, rng: Generator
-    ) -> Float[Tensor, "b 3 t h w"]:
+    def clips(self, rows: Tensor, which: Tensor | None, rng: Generator) -> Clips:
         """Return this process's augmented clips of ``rows``: from anywhere, or clip ``which``."""
-        own, view = distributed.deal(rows), self.view
-        rng = distributed.own_generator(rng)
-        where = {"rng": rng}
-        if which is not None:
-            where = {"place": torch.tensor(clip_places(view.clips))[distributed.deal(which)]}
-        clips = self.videos.clips(own, view.length, view.stride, **where).to(self.device)
-        return augment(to_float(clips).transpose(1, 2), rng)
+        own, view, rng = distributed.deal(rows), self.view, distributed.own_generator(rng)
+        if which is None:
+            clips = self.videos.clips(own, view.length, view.stride, rng)
+        else:
+            place = torch.tensor(clip_places(view.clips))[distributed.deal(which)]
+            clips = self.videos.clips(own, view.length, view.stride, place=place)
+        return augment(to_float(clips.to(self.device)).transpose(1, 2), rng)
 
 
 def student_step(
     student: Student, lesson: Lesson, rows: Tensor, rng: Generator, epoch: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Take one step: ``CE(labelled) + sum_i ramp_i lambda_i L_i``; return it and its terms."""
     classifier, method, cfg = student.classifier, student.method, lesson.cfg
     rows, labelled = lesson.pick(method, rows, rng)
@@ -131,21 +128,10 @@ def distill(
     device: str = "cpu",
     keep: Bookkeeping = Bookkeeping(),
 ) -> tuple[Student, list[dict[str, float]]]:
-    """Train one student.
+    """Train one student by a ``method`` (:func:`gdviz.student.methods.find_method`).
 
-    Args:
-        method: see :func:`gdviz.student.methods.find_method`.
-        bank: what the teachers say; shuffled for a method that wants it so.
-        graphs: both graphs and their learned edges.
-        videos: the set.
-        view: how clips are taken.
-        cfg: student, schedule and losses.
-        seed: of initialisation, batches and views.
-        device: where to train.
-        keep: checkpoint, progress bar and TensorBoard folder.
-
-    Returns:
-        The student and one row of logged means an epoch.
+    For a method that wants it so, ``bank`` and ``graphs`` are shuffled already. Return the student
+    and one row of logged means an epoch.
 
     Raises:
         UserError: unknown method.
@@ -153,10 +139,9 @@ def distill(
     kind = find_method(method, bank.teachers)
     torch.manual_seed(seed)
     classifier = build_student(cfg.student, len(videos.label_names))
-    rows = videos.training_rows
+    rows, trunk = videos.training_rows, classifier.backbone.trunk
     setting = Setting(bank, graphs, cfg, rows, classifier.backbone.dim)
     student = Student(classifier, kind(setting)).to(device)
     step = partial(student_step, student, Lesson(videos, view, bank, graphs, cfg, device))
-    trunk = classifier.backbone.trunk
     history = train(student, step, rows, cfg.schedule, seed=seed, compiled=[trunk], keep=keep)
     return student, history

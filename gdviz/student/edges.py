@@ -14,21 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
+from gdviz import graphs as g
 from gdviz.config import Distillation
 from gdviz.config import Edges as EdgesConfig
 from gdviz.core.files import load_tensors, meta_of, save_tensors
-from gdviz.graphs import (
-    LogitsGraph,
-    RepresentationGraph,
-    average_costs,
-    closed_form,
-    cost_from_means,
-    evidence,
-    fit_gate,
-    pair_alignment,
-    teacher_prior,
-    zero_one_cost,
-)
+from gdviz.graphs import LogitsGraph, RepresentationGraph
 from gdviz.graphs.costs import normalise_cost
 from gdviz.teachers.bank import Bank
 
@@ -67,34 +57,19 @@ def ground_cost(bank: Bank, shrink: float) -> Float[Tensor, "c c"]:
     each = bank.logits[known].unbind(1)
     # A teacher that says the same of every clip has no opinion on how far apart classes are.
     telling = [z for z in each if float(z.std(0).max()) > 1e-6]
-    costs = [cost_from_means(z, bank.labels[known], classes) for z in telling]
-    return normalise_cost(average_costs(costs or [zero_one_cost(classes)]), shrink=shrink)
+    costs = [g.cost_from_means(z, bank.labels[known], classes) for z in telling]
+    return normalise_cost(g.average_costs(costs or [g.zero_one_cost(classes)]), shrink=shrink)
 
 
 def build_graphs(
     bank: Bank, rows: Int[Tensor, " n"], cfg: Distillation, student_dim: int = 1
 ) -> tuple[LogitsGraph, RepresentationGraph]:
-    """Build both graphs over the teachers.
-
-    Args:
-        bank: what the teachers say.
-        rows: training videos; they set the scales of features.
-        cfg: options of the graphs.
-        student_dim: size of the student's features.
-    """
-    logits_graph = LogitsGraph(
-        bank.teachers,
-        ground_cost(bank, cfg.cost_shrink),
-        eps=cfg.eps,
-        beta=cfg.beta,
-        temperature=cfg.temperature,
-        tol=1e-4,
-    )
-    representation_graph = RepresentationGraph(
-        bank.teachers, bank.dims, student_dim, distance=cfg.distance
-    )
-    representation_graph.fit_scalers(bank.features_at(rows[:: 1 + len(rows) // SCALED_BY]))
-    return logits_graph, representation_graph
+    """Build both graphs over the teachers; the training videos ``rows`` set scales of features."""
+    cost, names, t = ground_cost(bank, cfg.cost_shrink), bank.teachers, cfg.temperature
+    logits = LogitsGraph(names, cost, eps=cfg.eps, beta=cfg.beta, temperature=t, tol=1e-4)
+    representation = RepresentationGraph(names, bank.dims, student_dim, distance=cfg.distance)
+    representation.fit_scalers(bank.features_at(rows[:: 1 + len(rows) // SCALED_BY]))
+    return logits, representation
 
 
 def learn_edges(
@@ -117,22 +92,21 @@ def learn_edges(
     its clips, and averaged over folds and over the moments so far.
     """
     probs, softened, labels = bank.probs(), bank.probs(logits_graph.temperature), bank.labels
-    c = evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
-    prior = teacher_prior(probs, labels, logits_graph.cost)
-    gates = fit_gate(probs, labels, prior, rho=cfg.rho, steps=cfg.gate_steps, floor=cfg.floor)
+    c = g.evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
+    prior = g.teacher_prior(probs, labels, logits_graph.cost)
+    gates = g.fit_gate(probs, labels, prior, rho=cfg.rho, steps=cfg.gate_steps, floor=cfg.floor)
     rng = Generator().manual_seed(seed)
     weights, consensus, pairs, agreement = [], [], [], []
     for gate in islice(gates, cfg.refreshes):
         with torch.no_grad():
-            log_gate = gate(probs).log()
-            w = closed_form(c, eta=cfg.eta, log_prior=log_gate, floor=cfg.floor)
+            w = g.closed_form(c, eta=cfg.eta, log_prior=gate(probs).log(), floor=cfg.floor)
             parts = zip(softened.split(CLIPS_AT_ONCE), w.split(CLIPS_AT_ONCE), strict=True)
             weights.append(w)
             consensus.append(torch.cat([logits_graph.consensus(p, part) for p, part in parts]))
             agreement.append(_pair_agreement(bank, representation_graph, rng))
             mean = torch.stack(agreement).mean(0)
-            pairs.append(closed_form(-mean, eta=cfg.eta_pairs, floor=cfg.floor))
-    return Edges(torch.stack(weights), torch.stack(consensus), torch.stack(pairs))
+            pairs.append(g.closed_form(-mean, eta=cfg.eta_pairs, floor=cfg.floor))
+    return Edges(*map(torch.stack, (weights, consensus, pairs)))
 
 
 def _pair_agreement(bank: Bank, graph: RepresentationGraph, rng: Generator) -> Tensor:
@@ -142,20 +116,17 @@ def _pair_agreement(bank: Bank, graph: RepresentationGraph, rng: Generator) -> T
         rows = known[bank.fold[known] == fold]
         rows = rows[torch.randperm(len(rows), generator=rng)[: max(4, len(rows) // 2)]]
         grams = graph.pair_grams(bank.features_at(rows, held=True))
-        found.append(pair_alignment(grams, bank.labels[rows]))
+        found.append(g.pair_alignment(grams, bank.labels[rows]))
     return torch.stack(found).mean(0) if found else torch.zeros(len(graph.pairs))
 
 
 def save_graphs(path: Path, graphs: Graphs) -> None:
     """Write both graphs and their edges into one file."""
-    parts = {
-        "logits": graphs.logits.state_dict(),
-        "representation": graphs.representation.state_dict(),
-        "edges": vars(graphs.edges),
-    }
+    both = {"logits": graphs.logits, "representation": graphs.representation}
+    parts = {name: graph.state_dict() for name, graph in both.items()}
+    parts["edges"] = vars(graphs.edges)
     tensors = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.items()}
-    settings = {"logits": graphs.logits.settings, "representation": graphs.representation.settings}
-    save_tensors(path, tensors, **settings)
+    save_tensors(path, tensors, **{name: graph.settings for name, graph in both.items()})
 
 
 def open_graphs(path: Path) -> Graphs:
@@ -164,14 +135,12 @@ def open_graphs(path: Path) -> Graphs:
     Raises:
         UserError: the file is missing or damaged.
     """
-    tensors, settings = load_tensors(path), meta_of(path)
-
-    def part(name: str) -> dict[str, Tensor]:
-        prefix = f"{name}."
-        return {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
-
-    logits = LogitsGraph(cost=part("logits")["cost"], **settings["logits"])
-    logits.load_state_dict(part("logits"))
+    parts, settings = {}, meta_of(path)
+    for key, x in load_tensors(path).items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = x
+    logits = LogitsGraph(cost=parts["logits"]["cost"], **settings["logits"])
+    logits.load_state_dict(parts["logits"])
     representation = RepresentationGraph(**settings["representation"])
-    representation.load_state_dict(part("representation"))
-    return Graphs(logits, representation, Edges(**part("edges")))
+    representation.load_state_dict(parts["representation"])
+    return Graphs(logits, representation, Edges(**parts["edges"]))

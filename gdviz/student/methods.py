@@ -83,16 +83,12 @@ class Method(nn.Module):
 
     def scale(self, term: str) -> float:
         """Return the gradient norm of a loss relative to the cross-entropy's."""
-        return self.cfg.logits_scale
+        return self.cfg.representation_scale if term == "repr" else self.cfg.logits_scale
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        """Return named scalars; each is balanced against the cross-entropy of the labels.
+        """Return named scalars, which are balanced against the cross-entropy of the labels.
 
-        Args:
-            batch: the student's clips, logits and features.
-            bank: what the teachers say.
-            edges: learned weights.
-            moment: which of them is in force.
+        ``moment`` says which of the learned weights in ``edges`` are in force.
         """
         raise NotImplementedError
 
@@ -121,10 +117,9 @@ class ThroughLogitsGraph(Method):
         self.logits_graph = copy.deepcopy(setting.graphs.logits)
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        weights, consensus = (x[moment, batch.rows] for x in (edges.teachers, edges.consensus))
-        probs = self.softened(batch, bank)
-        loss = self.logits_graph.loss(batch.logits, probs, batch.to(weights), batch.to(consensus))
-        return {"logits": loss}
+        probs, at = self.softened(batch, bank), (moment, batch.rows)
+        weights, consensus = batch.to(edges.teachers[at]), batch.to(edges.consensus[at])
+        return {"logits": self.logits_graph.loss(batch.logits, probs, weights, consensus)}
 
 
 class ThroughRepresentationGraph(Method):
@@ -136,9 +131,6 @@ class ThroughRepresentationGraph(Method):
         super().__init__(setting)
         self.graph = copy.deepcopy(setting.graphs.representation)
         self.graph.reset_adapters()
-
-    def scale(self, term: str) -> float:
-        return self.cfg.representation_scale if term == "repr" else super().scale(term)
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
         features = [batch.to(f) for f in bank.features_at(batch.rows, batch.clips)]
@@ -168,55 +160,44 @@ class Shuffled(ThroughBothGraphs):
     shuffled = True
 
 
-class PlainKD(Method):
-    """``T^2 mean_n sum_k w_nk KL(p_nk || q_n)``: plain distillation from weighted teachers."""
+class KDByLearnedEdges(Method):
+    """Plain distillation, ``T^2 mean_n sum_k w_nk KL(p_nk || q_n)``, weighted by learned edges."""
 
-    terms = ("kd",)
-
-    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
-        """Return the teachers' weights ``[b, k]`` on these clips."""
-        raise NotImplementedError
+    label, terms = "learned edges (KD)", ("kd",)
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        weights = batch.to(self.weights(batch, bank, edges, moment))
+        weights = batch.to(self.weights(batch, bank, edges.teachers[moment, batch.rows]))
         probs, temperature = self.softened(batch, bank), self.cfg.temperature
         return {"kd": losses.kd_loss(batch.logits, probs, weights, temperature)}
 
-
-class KDByLearnedEdges(PlainKD):
-    """Weights are the logits graph's learned edges."""
-
-    label = "learned edges (KD)"
-
-    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
-        return edges.teachers[moment, batch.rows]
+    def weights(self, batch: Batch, bank: Bank, learned: Tensor) -> Float[Tensor, "b k"]:
+        """Return the teachers' weights on these clips."""
+        return learned
 
 
-class KDByPolicy(PlainKD):
-    """Weights are those of a policy, fixed before the training (:mod:`gdviz.student.weighting`)."""
+class KDByPolicy(KDByLearnedEdges):
+    """Weights are those of a policy (:mod:`gdviz.student.weighting`), fixed before the training.
+
+    One that ``follows`` the student is asked anew in every step.
+    """
 
     policy: ClassVar[Policy]
+    follows: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.fixed = type(self).policy(setting.bank.probs(), setting.bank.labels, None)
+        if not self.follows:
+            self.fixed = type(self).policy(setting.bank.probs(), setting.bank.labels, None)
 
-    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
-        return self.fixed[batch.rows]
-
-
-class KDByStudent(PlainKD):
-    """Weights follow the student: a policy asked anew in every step."""
-
-    policy: ClassVar[Policy]
-
-    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+    def weights(self, batch: Batch, bank: Bank, learned: Tensor) -> Tensor:
+        if not self.follows:
+            return self.fixed[batch.rows]
         student = torch.softmax(batch.logits.detach() / self.cfg.temperature, 1)
         probs = bank.probs(self.cfg.temperature)[batch.rows].to(student)
         return type(self).policy(probs, batch.to(bank.labels[batch.rows]), student)
 
 
-class KDByOne(PlainKD):
+class KDByOne(KDByLearnedEdges):
     """One teacher: the one that is best out of fold, unless ``teacher`` names one."""
 
     label = "best teacher (KD)"
@@ -228,9 +209,8 @@ class KDByOne(PlainKD):
         self.one = names.index(self.teacher) if self.teacher else setting.bank.best_teacher()
         self.notes = {} if self.teacher else {"teacher": names[self.one]}
 
-    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
-        eye = torch.eye(len(bank.teachers))
-        return eye[self.one].expand(len(batch.rows), -1)
+    def weights(self, batch: Batch, bank: Bank, learned: Tensor) -> Tensor:
+        return torch.eye(len(bank.teachers))[self.one].expand_as(learned)
 
 
 class FromBest(Method):
@@ -238,14 +218,17 @@ class FromBest(Method):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.best = setting.bank.best_teacher()
-        self.rows = setting.rows
+        self.best, self.rows = setting.bank.best_teacher(), setting.rows
+        self.teacher_dim = setting.bank.dims[self.best]
 
-    def teacher(self, batch: Batch, bank: Bank) -> tuple[Tensor, Tensor]:
-        """Return that teacher's calibrated logits ``[b, c]`` and features ``[b, e]``."""
-        logits = bank.logits_at(batch.rows, batch.clips)[:, self.best]
-        features = bank.features_at(batch.rows, batch.clips)[self.best]
-        return batch.to(logits), batch.to(features)
+    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
+        logits = batch.to(bank.logits_at(batch.rows, batch.clips)[:, self.best])
+        features = batch.to(bank.features_at(batch.rows, batch.clips)[self.best])
+        return {self.terms[0]: self.loss(batch, bank, logits, features)}
+
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
+        """Return the loss, given that teacher's calibrated logits [b, c] and features [b, e]."""
+        raise NotImplementedError
 
 
 class FitNets(FromBest):
@@ -255,11 +238,10 @@ class FitNets(FromBest):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.regress = nn.Linear(setting.student_dim, setting.bank.dims[self.best])
+        self.regress = nn.Linear(setting.student_dim, self.teacher_dim)
 
-    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        _, features = self.teacher(batch, bank)
-        return {"hint": losses.hint_loss(self.regress(batch.features), features)}
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
+        return losses.hint_loss(self.regress(batch.features), features)
 
 
 class RKD(FromBest):
@@ -267,10 +249,9 @@ class RKD(FromBest):
 
     label, terms = "RKD", ("rkd",)
 
-    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        _, features = self.teacher(batch, bank)
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
         distance = losses.relational_distance_loss(batch.features, features)
-        return {"rkd": distance + 2 * losses.relational_angle_loss(batch.features, features)}
+        return distance + 2 * losses.relational_angle_loss(batch.features, features)
 
 
 class CRD(FromBest):
@@ -280,20 +261,16 @@ class CRD(FromBest):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        size = setting.bank.dims[self.best]
-        self.student_to, self.teacher_to = (
-            nn.Linear(setting.student_dim, size),
-            nn.Linear(size, size),
-        )
+        self.student_to = nn.Linear(setting.student_dim, self.teacher_dim)
+        self.teacher_to = nn.Linear(self.teacher_dim, self.teacher_dim)
 
-    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        _, features = self.teacher(batch, bank)
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
         rows, count = self.rows, min(NEGATIVES, len(self.rows) - 1)
         at = torch.randint(len(rows), (len(batch.rows), count), generator=batch.rng)
         at = (at + (rows[at] == batch.rows[:, None])) % len(rows)  # never the clip itself
         others = batch.to(bank.features_at(rows[at].flatten())[self.best]).unflatten(0, at.shape)
         own = self.student_to(batch.features), self.teacher_to(features)
-        return {"crd": losses.contrastive_loss(*own, self.teacher_to(others), len(rows))}
+        return losses.contrastive_loss(*own, self.teacher_to(others), len(rows))
 
 
 class DKD(FromBest):
@@ -301,12 +278,10 @@ class DKD(FromBest):
 
     label, terms = "DKD", ("dkd",)
 
-    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        logits, _ = self.teacher(batch, bank)
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
         known = batch.to(bank.labels[batch.rows])
         labels = torch.where(known >= 0, known, logits.argmax(1))
-        loss = losses.decoupled_kd_loss(batch.logits, logits, labels, self.cfg.temperature)
-        return {"dkd": loss}
+        return losses.decoupled_kd_loss(batch.logits, logits, labels, self.cfg.temperature)
 
 
 class DIST(FromBest):
@@ -314,22 +289,21 @@ class DIST(FromBest):
 
     label, terms = "DIST", ("dist",)
 
-    def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        logits, _ = self.teacher(batch, bank)
-        return {"dist": losses.dist_loss(batch.logits, logits, self.cfg.temperature)}
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
+        return losses.dist_loss(batch.logits, logits, self.cfg.temperature)
 
 
-def _by_policy(name: str, policy: Policy) -> type[Method]:
-    base = KDByStudent if name in FOLLOW_STUDENT else KDByPolicy
-    label = POLICY_LABELS.get(name, f"{name} (KD)")
-    return type(f"KD_{name}", (base,), {"label": label, "policy": staticmethod(policy)})
+def _by_policy(name: str) -> type[Method]:
+    fields = {"policy": staticmethod(POLICIES[name]), "follows": name in FOLLOW_STUDENT}
+    fields["label"] = POLICY_LABELS.get(name, f"{name} (KD)")
+    return type(f"KD_{name}", (KDByPolicy,), fields)
 
 
 METHODS: dict[str, type[Method]] = {
     "labels": LabelsOnly,
     "kd-best": KDByOne,
     "kd-learned": KDByLearnedEdges,
-    **{f"kd-{name}": _by_policy(name, policy) for name, policy in POLICIES.items()},
+    **{f"kd-{name}": _by_policy(name) for name in POLICIES},
     "fitnets": FitNets,
     "rkd": RKD,
     "crd": CRD,
@@ -353,8 +327,6 @@ def find_method(name: str, teachers: Sequence[str]) -> type[Method]:
         for t in teachers
     }
     method = resolve(name, METHODS | single, "method")
-    if not (isinstance(method, type) and callable(getattr(method, "losses", None))):
-        raise UserError(
-            f"{name}: is no method; name a class with losses(batch, bank, edges, moment)"
-        )
-    return method
+    if isinstance(method, type) and callable(getattr(method, "losses", None)):
+        return method
+    raise UserError(f"{name}: is no method; name a class with losses(batch, bank, edges, moment)")

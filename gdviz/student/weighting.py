@@ -12,20 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gdviz.graphs.costs import zero_one_cost
-from gdviz.graphs.weights import (
-    Cost,
-    Labels,
-    Probs,
-    Weights,
-    closed_form,
-    evidence,
-    fit_gate,
-    teacher_prior,
-)
+from gdviz.graphs import closed_form, evidence, fit_gate, teacher_prior, zero_one_cost
+from gdviz.graphs.weights import Cost, Labels, Probs, Weights
 
 StudentProbs = Float[Tensor, "clips classes"] | None
-Policy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Policy = Callable[..., Tensor]
 
 
 @torch.no_grad()
@@ -45,40 +36,29 @@ def entropic(
     eta: float = 0.25,
     floor: float = 0.05,
 ) -> Weights:
-    """Return :func:`closed_form` of :func:`evidence` under :func:`teacher_prior` (ours).
+    """Return :func:`closed_form` of the ``evidence`` under :func:`teacher_prior` (ours).
 
-    Costs have unit mean off the diagonal, so with ``eta = 0.25`` a clip on which a teacher errs a
-    quarter less counts ``e`` times more. ``cost`` defaults to 0/1.
+    ``cost`` has unit mean off the diagonal (None: 0/1): with ``eta = 0.25`` a teacher that errs a
+    quarter less on a clip counts ``e`` times more.
     """
     cost = zero_one_cost(probs.shape[-1]).to(probs) if cost is None else cost
-    c = evidence(probs, labels, cost, alpha=alpha)
-    return closed_form(c, eta=eta, log_prior=teacher_prior(probs, labels, cost), floor=floor)
+    c, prior = evidence(probs, labels, cost, alpha=alpha), teacher_prior(probs, labels, cost)
+    return closed_form(c, eta=eta, log_prior=prior, floor=floor)
 
 
 @torch.no_grad()
-def gated(
-    probs: Probs,
-    labels: Labels,
-    student_probs: StudentProbs = None,
-    *,
-    cost: Cost | None = None,
-    rho: float = 1.0,
-    steps: int = 200,
-    floor: float = 0.05,
-) -> Weights:
-    """Return the gate alone: :func:`fit_gate` from :func:`teacher_prior`, on every clip (ours)."""
-    cost = zero_one_cost(probs.shape[-1]).to(probs) if cost is None else cost
-    prior = teacher_prior(probs, labels, cost)
-    gates = fit_gate(probs, labels, prior, rho=rho, steps=steps, floor=floor)
+def gated(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
+    """Return the gate alone: 200 steps of ``fit_gate`` from :func:`teacher_prior` (ours)."""
+    prior = teacher_prior(probs, labels, zero_one_cost(probs.shape[-1]).to(probs))
+    gates = fit_gate(probs, labels, prior, rho=1.0, steps=200, floor=0.05)
     return next(islice(gates, 1, None))(probs)
 
 
 def _against(score: Float[Tensor, "*batch teachers"]) -> Float[Tensor, "*batch teachers"]:
     """``(1 - softmax_k(score)) / (K - 1)``: the higher the score the lower the weight."""
-    teachers = score.shape[-1]
-    if teachers == 1:
+    if score.shape[-1] == 1:
         return torch.ones_like(score)
-    return (1 - torch.softmax(score, -1)) / (teachers - 1)
+    return (1 - torch.softmax(score, -1)) / (score.shape[-1] - 1)
 
 
 def _cross_entropy(probs: Probs, labels: Labels) -> Weights:
@@ -126,27 +106,22 @@ def uncertainty(probs: Probs, labels: Labels, student_probs: StudentProbs = None
 
 @torch.no_grad()
 def capped_simplex_minimum(
-    quadratic: Float[Tensor, "*batch k k"],
-    linear: Float[Tensor, "*batch k"],
-    upper: float = 1.0,
-    *,
-    tol: float = 1e-7,
-    steps: int = 1000,
+    quadratic: Float[Tensor, "*batch k k"], linear: Float[Tensor, "*batch k"], upper: float = 1.0
 ) -> Float[Tensor, "*batch k"]:
     """``argmin_w <w, Q w> / 2 + <b, w>`` with ``sum w = 1``, ``0 <= w <= upper``, for a batch.
 
     Sequential minimal optimisation (Platt 1998): move weight from the coordinate where that gains
-    most to the one where it costs least, until no pair gains more than ``tol``. Needs
+    most to the one where it costs least, until no pair gains more than 1e-7. Needs
     ``upper >= 1 / k``. Runs on the CPU, in float64.
     """
     q, b = quadratic.cpu().double(), linear.cpu().double()
     w = torch.full_like(b, 1 / b.shape[-1])
-    for _ in range(steps):
+    for _ in range(1000):
         slope = (q @ w[..., None]).squeeze(-1) + b
         best = slope.masked_fill(w >= upper - 1e-12, torch.inf).argmin(-1, keepdim=True)
         worst = slope.masked_fill(w <= 1e-12, -torch.inf).argmax(-1, keepdim=True)
         gap = (slope.gather(-1, worst) - slope.gather(-1, best)).clamp(min=0)
-        if float(gap.max()) <= tol:
+        if float(gap.max()) <= 1e-7:
             break
         move = torch.zeros_like(w).scatter(-1, best, 1.0)
         move = move.scatter_add(-1, worst, -torch.ones_like(gap))
@@ -156,32 +131,20 @@ def capped_simplex_minimum(
     return w.to(linear)
 
 
-def gradient_space(
-    probs: Probs,
-    labels: Labels,
-    student_probs: Float[Tensor, "clips classes"],
-    *,
-    upper: float = 0.6,
-) -> Weights:
+def gradient_space(probs: Probs, labels: Labels, student_probs: Tensor) -> Weights:
     """``argmin_w |sum_k w_k g_nk|^2`` on the capped simplex (AE-KD, Du et al., NeurIPS 2020).
 
-    ``g_nk = q_n - p_nk`` is the gradient of KD from teacher k by the student's logits, over T.
-    ``upper`` is the paper's C, raised to ``1 / K`` where it must be.
+    ``g_nk = q_n - p_nk`` is the gradient of KD from teacher k by the student's logits, over T. The
+    cap is the paper's C = 0.6, raised to ``1 / K`` where it must be.
     """
     g = student_probs[:, None] - probs
-    upper = max(upper, 1 / probs.shape[1])
-    return capped_simplex_minimum(g @ g.mT, torch.zeros_like(g[..., 0]), upper)
+    return capped_simplex_minimum(g @ g.mT, torch.zeros_like(g[..., 0]), max(0.6, 1 / g.shape[1]))
 
 
 def trained_on_the_loss(
-    probs: Probs,
-    labels: Labels,
-    student_probs: Float[Tensor, "clips classes"],
-    *,
-    regulariser: float = 0.0,
-    prior: float = 0.0,
+    probs: Probs, labels: Labels, student_probs: Tensor, *, prior: float = 0.0
 ) -> Weights:
-    """``argmin_w sum_k w_k KL_k + regulariser |w - 1/K|^2``; add ``prior / K``, rescale to 1.
+    """``argmin_w sum_k w_k KL_k + prior |w - 1/K|^2``; add ``prior / K``, rescale to 1.
 
     ``KL_k = mean_n KL(p_nk || q_n)`` is the distillation loss itself. Kept to show why not: all
     weight goes to the teacher nearest to the student, which then comes nearer still.
@@ -190,20 +153,18 @@ def trained_on_the_loss(
     log_q = student_probs.clamp(min=1e-12).log()[:, None]
     loss = (torch.xlogy(probs, probs) - probs * log_q).sum(-1).mean(0)
     eye = torch.eye(len(loss)).to(loss)
-    found = capped_simplex_minimum(2 * regulariser * eye, loss - 2 * regulariser * weights[0])
+    found = capped_simplex_minimum(2 * prior * eye, loss - 2 * prior * weights[0])
     return ((found + prior * weights[0]) / (1 + prior)).expand_as(weights)
 
 
-def graph_distillation(
-    probs: Probs, labels: Labels, student_probs: Float[Tensor, "clips classes"]
-) -> Weights:
+def graph_distillation(probs: Probs, labels: Labels, student_probs: Tensor) -> Weights:
     """Edges learned on the distillation loss, regularised (Luo et al., ECCV 2018).
 
     As in their code the squared distance of the batch's mean edges to the prior weighs as much as
     the loss, and the prior is added to the edges. Theirs come from a small network trained along;
     these are the optimum.
     """
-    return trained_on_the_loss(probs, labels, student_probs, regulariser=1.0, prior=1.0)
+    return trained_on_the_loss(probs, labels, student_probs, prior=1.0)
 
 
 POLICIES: dict[str, Policy] = {

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from gdviz.core.files import UserError
 from gdviz.core.names import resolve
-from gdviz.teachers.backbones import Backbone, Classifier, Renormalise
+from gdviz.teachers.backbones import Backbone, Classifier, Clips, Renormalise
 from gdviz.teachers.bank import device_of
 from gdviz.teachers.pretext import TASKS
 
@@ -73,8 +73,9 @@ class Tapped(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.view, self.channels, self.frozen = net, view, channels, frozen
-        self.fitted = logits is not None
-        self.paths = {"features": features} | ({} if logits is None else {"logits": logits})
+        self.fitted, self.paths = logits is not None, {"features": features}
+        if logits is not None:
+            self.paths["logits"] = logits
         names = [name for name, _ in net.named_modules()]
         for argument, path in self.paths.items():
             if path not in names:
@@ -157,7 +158,7 @@ class OwnBackbone(Backbone):
     def extra_repr(self) -> str:
         return repr(self.view)
 
-    def read(self, clips: Float[Tensor, "b 3 t h w"]) -> tuple[Tensor | None, Tensor]:
+    def read(self, clips: Clips) -> tuple[Tensor | None, Tensor]:
         """Return the teacher's logits [b, c], or None, and features [b, d]."""
         view, frames = self.view, clips.shape[2]
         size = (frames, view.size, view.size)
@@ -165,7 +166,7 @@ class OwnBackbone(Backbone):
         clips = clips[:, :, torch.linspace(0, frames - 1, view.length).round().long()]
         return self.trunk(clips.transpose(1, 2) if view.frames_first else clips)
 
-    def maps(self, clips: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b d 1 1 1"]:
+    def maps(self, clips: Clips) -> Float[Tensor, "b d 1 1 1"]:
         """Return features as maps of one cell: the teacher has pooled them."""
         return self.read(clips)[1][:, :, None, None, None]
 

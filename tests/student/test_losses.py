@@ -141,7 +141,7 @@ def test_decoupled_kd_adds_up_to_kd():
     expected = kd(z, torch.softmax(teacher / 2, 1), 2.0)
     torch.testing.assert_close(torch.stack(terms).mean(), expected)
     extreme = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]], requires_grad=True)
-    value = losses.decoupled_kd_loss(extreme, -extreme.detach(), torch.tensor([0, 0]))
+    value = losses.decoupled_kd_loss(extreme, -extreme.detach(), torch.tensor([0, 0]), 4.0)
     assert value.isfinite() and torch.autograd.grad(value, extreme)[0].isfinite().all()
 
 
@@ -153,6 +153,8 @@ def test_dist_is_pearson_over_classes_and_clips():
         for a, b in ((p, q), (p.T, q.T))
     ]
     expected = sum(1 - torch.stack(r).mean() for r in rho)
-    torch.testing.assert_close(losses.dist_loss(z, teacher), expected)
+    torch.testing.assert_close(losses.dist_loss(z, teacher, 1.0), expected)
     flat = torch.zeros(4, 3, requires_grad=True)
-    assert torch.autograd.grad(losses.dist_loss(flat, teacher[:4, :3]), flat)[0].isfinite().all()
+    assert (
+        torch.autograd.grad(losses.dist_loss(flat, teacher[:4, :3], 1.0), flat)[0].isfinite().all()
+    )

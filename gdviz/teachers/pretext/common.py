@@ -32,11 +32,7 @@ class PretextTask(nn.Module):
     """A task: turns videos into inputs and targets, and scores a backbone by a head of its own.
 
     Subclass it, or write any module of this shape; its parameters are trained with the backbone's.
-
-    Args:
-        dim: size of the features.
-        length: frames of a clip.
-        stride: frames of a video from one frame of a clip to the next.
+    Features have ``dim`` numbers, clips ``length`` frames that are ``stride`` apart in a video.
 
     Raises:
         UserError: the task needs longer clips.
