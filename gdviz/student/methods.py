@@ -165,33 +165,32 @@ class KDByLearnedEdges(Method):
 
     label, terms = "learned edges (KD)", ("kd",)
 
+    fixed: Float[Tensor, "n k"] | None = None  # other weights, known before the training
+
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
+        """Return the teachers' weights ``[b, k]`` on these clips."""
+        return (edges.teachers[moment] if self.fixed is None else self.fixed)[batch.rows]
+
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        weights = batch.to(self.weights(batch, bank, edges.teachers[moment, batch.rows]))
+        weights = batch.to(self.weights(batch, bank, edges, moment))
         probs, temperature = self.softened(batch, bank), self.cfg.temperature
         return {"kd": losses.kd_loss(batch.logits, probs, weights, temperature)}
 
-    def weights(self, batch: Batch, bank: Bank, learned: Tensor) -> Float[Tensor, "b k"]:
-        """Return the teachers' weights on these clips."""
-        return learned
-
 
 class KDByPolicy(KDByLearnedEdges):
-    """Weights are those of a policy (:mod:`gdviz.student.weighting`), fixed before the training.
-
-    One that ``follows`` the student is asked anew in every step.
-    """
+    """Weights by a policy, asked once before the training, or in every step if it ``follows``."""
 
     policy: ClassVar[Policy]
-    follows: ClassVar[bool] = False
+    follows: ClassVar[bool] = False  # the student
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         if not self.follows:
             self.fixed = type(self).policy(setting.bank.probs(), setting.bank.labels, None)
 
-    def weights(self, batch: Batch, bank: Bank, learned: Tensor) -> Tensor:
+    def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
         if not self.follows:
-            return self.fixed[batch.rows]
+            return super().weights(batch, bank, edges, moment)
         student = torch.softmax(batch.logits.detach() / self.cfg.temperature, 1)
         probs = bank.probs(self.cfg.temperature)[batch.rows].to(student)
         return type(self).policy(probs, batch.to(bank.labels[batch.rows]), student)
@@ -206,11 +205,9 @@ class KDByOne(KDByLearnedEdges):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         names = setting.bank.teachers
-        self.one = names.index(self.teacher) if self.teacher else setting.bank.best_teacher()
-        self.notes = {} if self.teacher else {"teacher": names[self.one]}
-
-    def weights(self, batch: Batch, bank: Bank, learned: Tensor) -> Tensor:
-        return torch.eye(len(bank.teachers))[self.one].expand_as(learned)
+        one = names.index(self.teacher) if self.teacher else setting.bank.best_teacher()
+        self.notes = {} if self.teacher else {"teacher": names[one]}
+        self.fixed = torch.eye(len(names))[one].expand(len(setting.bank.labels), -1)
 
 
 class FromBest(Method):

@@ -125,13 +125,11 @@ def _from_zoo(name: str, kinetics: bool) -> Backbone:
 
 
 def build_backbone(name: str) -> Backbone:
-    """Build a backbone, untrained but for ``@kinetics``.
+    """Build a backbone by name, untrained but for ``@kinetics``.
 
-    Args:
-        name: torchvision's ``r3d_18``, ``mc3_18``, ``r2plus1d_18`` or ``s3d``, with ``@kinetics``
-            after it for its weights (supervised, Kinetics-400); or ``tinyW``, a small R(2+1)D of
-            width W (``tiny8``), ``tinyWn``, which standardises every clip, or ``tinyWm``, which
-            sees it minus its mean frame.
+    Names are torchvision's in ``ZOO``, with ``@kinetics`` after them for weights (supervised,
+    Kinetics-400); or ``tinyW``, a small R(2+1)D of width W (``tiny8``), ``tinyWn``, which
+    standardises every clip, or ``tinyWm``, which sees it minus its mean frame.
 
     Raises:
         UserError: unknown name, or weights that are neither at hand nor to be had.

@@ -43,8 +43,7 @@ def predict(
 ) -> tuple[Float[Tensor, "n v c"], Float[Tensor, "n v d"]]:
     """Return logits and features of each of ``view.clips`` clips of these videos.
 
-    ``model`` maps clips [b, 3, t, h, w] to logits [b, c] and features [b, d], and is put into eval
-    mode. Processes that train together share the work.
+    ``model`` returns both of clips, and is put into eval mode. Ranks share the work.
     """
     model.eval()
     device, world, seen = device_of(model), distributed.world(), []
@@ -143,10 +142,8 @@ def _part(
             logits[own], held[own] = predict(copy, videos, rows[own], view)
     part = {"logits": logits.half(), "features": features.half(), "held": held[fold >= 0].half()}
     if lost := [name for name, value in part.items() if not value.isfinite().all()]:
-        raise ValueError(
-            f"{' and '.join(lost)} of a teacher are not finite, or larger than the 65504 that half "
-            "precision holds"
-        )
+        limit = "larger than the 65504 that half precision holds"
+        raise ValueError(f"{' and '.join(lost)} of a teacher are not finite, or {limit}")
     return part | {"fold": fold.short()}
 
 
@@ -163,8 +160,8 @@ def read_out(
 ) -> Readout:
     """Read a teacher out on every video, part by part; go on where an earlier call stood.
 
-    ``models`` are the teacher, then a copy for each ``fold`` that was fitted without that fold.
-    ``folder`` is where parts are kept; None keeps them in memory.
+    ``models`` are the teacher, then for each ``fold`` the copy that was fitted without it. Parts
+    are kept in ``folder``; None keeps them in memory.
 
     Raises:
         ValueError: an output that half precision does not hold.

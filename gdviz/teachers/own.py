@@ -52,7 +52,6 @@ class Tapped(nn.Module):
     Args:
         net: takes clips in ``view``.
         features: path of the module to read, as in ``net.named_modules()``; "" is the network.
-        view: how the network wants its clips.
         logits: path of the module that returns logits over the data's classes; None: it has none.
         channels: axis of the features; by default 1 of maps [b, d, t, h, w], else the last.
         frozen: the network stays in eval mode and keeps no gradient; only a head is fitted on it.
@@ -76,12 +75,12 @@ class Tapped(nn.Module):
         self.fitted, self.paths = logits is not None, {"features": features}
         if logits is not None:
             self.paths["logits"] = logits
-        names = [name for name, _ in net.named_modules()]
+        names = list(dict(net.named_modules()))
         for argument, path in self.paths.items():
             if path not in names:
                 near = ", ".join(get_close_matches(path, names, 5, 0.3) or names[1:6])
-                kind = type(net).__name__
-                raise UserError(f"{argument}={path!r}: no such module in {kind}; near: {near}")
+                where = f"no such module in {type(net).__name__}; near: {near}"
+                raise UserError(f"{argument}={path!r}: {where}")
 
     def extra_repr(self) -> str:
         return f"{self.paths}, channels={self.channels}, frozen={self.frozen}"

@@ -2,7 +2,6 @@
 
 from gdviz.teachers.pretext import choices, painting
 from gdviz.teachers.pretext.common import PretextTask
-from gdviz.teachers.pretext.contrast import Contrast
 from gdviz.teachers.pretext.registration import Registration
 
 TASKS: dict[str, type[PretextTask]] = {
@@ -13,6 +12,6 @@ TASKS: dict[str, type[PretextTask]] = {
     "pace": choices.PlaybackPace,
     "clip-order": choices.ClipOrder,
     "rotation": choices.Rotation,
-    "contrast": Contrast,
+    "contrast": choices.Contrast,
     "masked": painting.MaskedVideo,
 }
