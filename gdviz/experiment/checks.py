@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
-from gdviz.config import Profile, Range, Schedule
+from gdviz.config import Profile, Range
 from gdviz.core import distributed
-from gdviz.core.files import UserError, load_json, save_json
+from gdviz.core.files import UserError
 from gdviz.data.videos import VideoSet
 from gdviz.student.methods import find_method
 from gdviz.teachers.backbones import build_backbone
@@ -20,57 +20,54 @@ from gdviz.teachers.own import OwnBackbone, find_source
 
 
 def check_profile(profile: Profile) -> None:
-    """Check that a profile's parts fit together and that all it names exists.
-
-    Raises:
-        UserError: the flag, its value, and what is wanted.
-    """
+    """Raise UserError, which names a flag, where parts of a profile do not fit or do not exist."""
     check_ranges(profile)
     teachers, distillation, view = profile.teachers, profile.distillation, profile.view
-    lists = {
-        "--seeds": profile.seeds,
-        "--methods": profile.methods,
-        "--teachers.tasks": teachers.tasks,
-    }
+    tasks, world = teachers.tasks, distributed.world()
+    lists = {"--seeds": profile.seeds, "--methods": profile.methods, "--teachers.tasks": tasks}
     for flag, values in lists.items():
         if not values or len(set(values)) < len(values):
             given = " ".join(map(str, values)) or "none"
             raise UserError(f"{flag}: needs at least one value and none twice, got {given}")
-    if len(teachers.tasks) != len(teachers.strides):
-        raise UserError(
-            f"--teachers.strides: {len(teachers.strides)} strides for {len(teachers.tasks)} tasks; "
-            "give one each"
-        )
+    if len(tasks) != len(teachers.strides):
+        given = f"{len(teachers.strides)} strides for {len(tasks)} tasks"
+        raise UserError(f"--teachers.strides: {given}; give one each")
     if not 1 < view.length < view.frames:
-        raise UserError(
-            f"--view.length {view.length}: needs two frames or more, and fewer than the "
-            f"{view.frames} of --view.frames"
-        )
+        wanted = f"two frames or more, and fewer than the {view.frames} of --view.frames"
+        raise UserError(f"--view.length {view.length}: needs {wanted}")
     for name in profile.methods:
-        _named("--methods", lambda name=name: find_method(name, teachers.tasks))
-    for task in teachers.tasks:
-        _named("--teachers.tasks", lambda task=task: _try_task(profile, task))
+        with _naming("--methods"):
+            find_method(name, tasks)
+    for task in tasks:
+        with _naming("--teachers.tasks"):
+            source, own = find_source(task), profile.view_of(task)
+            if not isinstance(source, OwnBackbone):  # a clip that is too long shows
+                videos = torch.zeros(6, own.frames, 3, 24, 24)
+                source(1, own.length, own.stride).views(videos, torch.Generator())
     schedules = {
         "--teachers.pretrain": teachers.pretrain,
         "--teachers.fit": teachers.fit,
         "--distillation.schedule": distillation.schedule,
     }
+    labelled = distillation.labelled_batch
     for flag, schedule in schedules.items():
-        _check_parts(flag, schedule, distillation.labelled_batch)
+        if schedule.batch % (world * schedule.accumulate) or labelled % world:
+            raise UserError(
+                f"{flag}: {schedule.batch} clips (and --distillation.labelled-batch {labelled}) "
+                f"cannot be dealt out evenly to {world} processes in {schedule.accumulate} parts"
+            )
     nets = {
         "--teachers.backbone": teachers.backbone,
         "--distillation.student": distillation.student,
     }
     for flag, name in nets.items():
-        _named(f"{flag} {name}", lambda name=name: _try_backbone(profile, name))
+        # On "meta" nothing is allocated, but sizes are checked.
+        with _naming(f"{flag} {name}"), torch.device("meta"):
+            build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
 
 
 def check_ranges(settings: Any, prefix: str = "--") -> None:
-    """Check every number of a dataclass, and of those in it, against its :class:`Range`.
-
-    Raises:
-        UserError: the flag, its value, and the range.
-    """
+    """Raise UserError where a number of a dataclass, or of one in it, is out of its `Range`."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value, flag = getattr(settings, name), prefix + name.replace("_", "-")
         if is_dataclass(value):
@@ -78,67 +75,29 @@ def check_ranges(settings: Any, prefix: str = "--") -> None:
             continue
         several = isinstance(value, tuple)
         inner = get_args(hint)[0] if several else hint
-        ranges = [a for a in getattr(inner, "__metadata__", ()) if isinstance(a, Range)]
-        for number in value if several else (value,):
-            for allowed in ranges:
-                if number not in allowed:
+        for allowed in getattr(inner, "__metadata__", ()):
+            for number in value if several else (value,):
+                if isinstance(allowed, Range) and number not in allowed:
                     raise UserError(f"{flag} {number}: needs {allowed}")
 
 
-def _named(flag: str, attempt: Callable[[], object]) -> None:
-    """Let what an attempt raises name the flag."""
+@contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Let what is raised name the flag."""
     try:
-        attempt()
+        yield
     except (UserError, ValueError, RuntimeError) as error:
         raise UserError(f"{flag}: {str(error).splitlines()[0]}") from None
 
 
-def _try_task(profile: Profile, task: str) -> None:
-    """Take views of empty videos: a clip that is too long shows."""
-    source, view = find_source(task), profile.view_of(task)
-    if not isinstance(source, OwnBackbone):
-        videos = torch.zeros(6, view.frames, 3, 24, 24)
-        source(1, view.length, view.stride).views(videos, torch.Generator())
-
-
-def _try_backbone(profile: Profile, name: str) -> None:
-    view = profile.view
-    with torch.device("meta"):  # nothing is allocated, but sizes are checked
-        build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
-
-
-def _check_parts(flag: str, schedule: Schedule, labelled_batch: int) -> None:
-    world = distributed.world()
-    if schedule.batch % (world * schedule.accumulate) or labelled_batch % world:
-        raise UserError(
-            f"{flag}: {schedule.batch} clips (and --distillation.labelled-batch {labelled_batch}) "
-            f"cannot be dealt out evenly to {world} processes in {schedule.accumulate} parts"
-        )
-
-
-def recognise_own_teachers(
-    profile: Profile, videos: VideoSet, folder: Callable[[int, str], Path]
-) -> None:
-    """Check that networks of the user's own fit the data, and are those the run began with.
-
-    Raises:
-        UserError: one answers in another number of classes, or has changed.
-    """
+def stamp_own_teachers(profile: Profile, videos: VideoSet) -> dict[str, str]:
+    """Return a fingerprint of each network of one's own; raise UserError if it does not fit."""
+    stamps, classes = {}, len(videos.label_names)
     for task in profile.teachers.tasks:
-        source, view = find_source(task), profile.view_of(task)
-        if not isinstance(source, OwnBackbone):
-            continue
-        if source.fitted and source.classes != len(videos.label_names):
-            raise UserError(
-                f"--teachers.tasks {task}: answers in {source.classes} classes, the data has "
-                f"{len(videos.label_names)}"
-            )
-        stamp = stamp_of([source], videos, view)
-        for seed in profile.seeds:
-            file = folder(seed, task) / "own.json"
-            if file.exists() and load_json(file)["stamp"] != stamp:
-                raise UserError(
-                    f"--teachers.tasks {task}: returns another network than when {file.parent} "
-                    "began; choose another --out"
-                )
-            save_json(file, {"stamp": stamp})
+        source, flag = find_source(task), f"--teachers.tasks {task}"
+        if isinstance(source, OwnBackbone):
+            if source.fitted and source.classes != classes:
+                given = f"answers in {source.classes} classes, the data has {classes}"
+                raise UserError(f"{flag}: {given}")
+            stamps[flag] = stamp_of([source], videos, profile.view_of(task))
+    return stamps

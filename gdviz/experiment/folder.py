@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,6 +34,7 @@ from gdviz.core.files import UserError, atomic, fingerprint, from_plain, load_js
 from gdviz.core.loop import Bookkeeping
 from gdviz.core.names import folder_name
 from gdviz.data.videos import VideoSet, load_motion, load_videos
+from gdviz.experiment.checks import stamp_own_teachers
 from gdviz.student.edges import Graphs, open_graphs
 from gdviz.teachers.bank import Bank, gather, open_readout
 
@@ -62,14 +62,13 @@ class Run:
 
     def videos(self, workers: Workers = 1) -> VideoSet:
         """Open the run's videos; decode them first if need be."""
-        view, storage = self.profile.view, self.profile.storage
+        view, storage, home = self.profile.view, self.profile.storage, self.cache
         if self.data is None:
-            cfg = self.profile.motion
-            return load_motion(cfg, view, self.cache, storage=storage, workers=workers)
+            motion = self.profile.motion
+            return load_motion(motion, view, home, storage=storage, workers=workers)
         if isinstance(workers, int):
             workers = max(2, workers)  # files of others may kill a reader
-        cache = self.cache / "cache"
-        return load_videos(self.data, view, cache, storage=storage, workers=workers)
+        return load_videos(self.data, view, home / "cache", storage=storage, workers=workers)
 
     def teacher_folder(self, seed: int, task: str) -> Path:
         return self.folder / f"seed{seed}" / "teachers" / folder_name(task)
@@ -87,12 +86,10 @@ class Run:
 
     def bank(self, seed: int, videos: VideoSet, shuffled: bool = False) -> Bank:
         """Open what the finished teachers of a seed say."""
-        readouts = {
-            task: open_readout(
-                self.teacher_folder(seed, task) / "bank", videos, self.profile.view_of(task)
-            )
-            for task in self.profile.teachers.tasks
-        }
+        readouts = {}
+        for task in self.profile.teachers.tasks:
+            folder, view = self.teacher_folder(seed, task) / "bank", self.profile.view_of(task)
+            readouts[task] = open_readout(folder, videos, view)
         bank = gather(readouts, videos)
         return bank.shuffled(videos.training_rows, seed) if shuffled else bank
 
@@ -102,14 +99,10 @@ class Run:
 
     def results(self) -> pd.DataFrame:
         """Return one row a finished teacher or student, in the order of the profile."""
-        folders = [
-            folder
-            for seed in self.profile.seeds
-            for folder in (
-                *(self.teacher_folder(seed, task) for task in self.profile.teachers.tasks),
-                *(self.student_folder(seed, method) for method in self.profile.methods),
-            )
-        ]
+        folders = []
+        for seed in self.profile.seeds:
+            folders += [self.teacher_folder(seed, task) for task in self.profile.teachers.tasks]
+            folders += [self.student_folder(seed, method) for method in self.profile.methods]
         return pd.DataFrame([load_json(f / "result.json") for f in folders if is_done(f)])
 
 
@@ -127,25 +120,20 @@ def save_results(path: Path, results: pd.DataFrame) -> None:
 def environment() -> dict[str, Any]:
     """Return what a result may depend on: machine and versions."""
     names = ("gdviz", "torch", "torchvision", "numpy", "scikit-learn")
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{name: version(name) for name in names},
-    }
+    machine = {"platform": platform.platform(), "processor": platform.machine()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {**machine, "cpus": os.cpu_count(), "gpu": gpu, **versions}
 
 
 def claim_folder(run: Run, videos: VideoSet | None = None) -> None:
     """Write config.json, or check that it is this run's; without ``videos`` look only.
 
-    Raises:
-        UserError: the folder holds another run, or something that is not a run.
+    Raise UserError if the folder holds another run, or something that is not a run.
     """
     config = plain({"version": VERSION, "profile": run.profile})
     if videos:
-        config["data"] = videos.fingerprint
+        config |= {"data": videos.fingerprint} | stamp_own_teachers(run.profile, videos)
     file = run.folder / "config.json"
     if file.exists():
         old = load_json(file)
@@ -168,11 +156,7 @@ def default_folder(profile: Profile, data: Path | None) -> Path:
 
 
 def open_run(folder: Path | str) -> Run:
-    """Open a run's folder for reading.
-
-    Raises:
-        UserError: no run there, or one of another version.
-    """
+    """Open a run's folder; raise UserError if it holds no run, or one of another version."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no run (no config.json)")

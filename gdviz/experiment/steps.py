@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from gdviz.core import distributed
 from gdviz.core.files import atomic, save_json, save_jsonl, save_tensors
 from gdviz.core.processes import over_processes
 from gdviz.data.videos import VideoSet
-from gdviz.experiment.checks import check_profile, recognise_own_teachers
+from gdviz.experiment.checks import check_profile
 from gdviz.experiment.folder import Run, Workers, claim_folder, environment, is_done, save_results
-from gdviz.experiment.metrics import accuracy, calibration_error, footprint, shortcut_baselines
+from gdviz.experiment.metrics import accuracy, calibration_error, footprints, shortcut_baselines
 from gdviz.student.distill import distill
 from gdviz.student.edges import Graphs, build_graphs, learn_edges, save_graphs
 from gdviz.student.family import build_student
@@ -27,8 +27,11 @@ from gdviz.teachers.bank import is_read_out, predict
 from gdviz.teachers.fit import build_teacher, fit_teacher, pretrain
 from gdviz.teachers.own import OwnBackbone, find_source
 
-TEACHER_FILES = ("teacher.safetensors", "history.jsonl")
-STUDENT_FILES = ("student.safetensors", "outputs.safetensors", "history.jsonl")
+FILES = {  # of a step, beside its result, that later steps read
+    "teachers": ("teacher.safetensors", "history.jsonl"),
+    "graphs": ("graphs.safetensors",),
+    "students": ("student.safetensors", "outputs.safetensors", "history.jsonl"),
+}
 
 
 @cache
@@ -39,29 +42,29 @@ def _videos(run: Run) -> VideoSet:
 
 def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     """Pre-train, fit and read out one teacher; a network of your own is not pre-trained."""
-    folder, videos, profile = run.teacher_folder(seed, task), _videos(run), run.profile
-    view, source = profile.view_of(task), find_source(task)
-    history: list[dict[str, float]] = []
-    state: dict[str, torch.Tensor] = {}
+    folder, videos, cfg = run.teacher_folder(seed, task), _videos(run), run.profile.teachers
+    view, backbone = run.profile.view_of(task), find_source(task)
     row: dict[str, Any] = {"seed": seed, "kind": "teacher", "name": task, "label": task}
     row |= {"colour": 4, "marker": "s", "headline": False, "shuffled": False}
-    if isinstance(source, OwnBackbone):
-        backbone = source.to(run.where)
+    history, state = [], {}
+    if isinstance(backbone, OwnBackbone):
+        backbone = backbone.to(run.where)
     else:
         keep = run.keep(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None)
         backbone, head, history = pretrain(
-            task, profile.teachers, view, videos, seed=seed, device=run.where, keep=keep
+            task, cfg, view, videos, seed=seed, device=run.where, keep=keep
         )
         state = {f"task.{k}": v for k, v in head.state_dict().items()}
         state |= {f"pretrained.{k}": v for k, v in backbone.state_dict().items()}
-        row |= {"pretext": head.metric, "pretext_score": history[-1][head.metric]}
-    model, readout = fit_teacher(backbone, videos, profile.teachers, view, seed=seed, folder=folder)
+        metric = str(head.metric)
+        row |= {"pretext": metric, "pretext_score": history[-1][metric]}
+    model, readout = fit_teacher(backbone, videos, cfg, view, seed=seed, folder=folder)
     if not distributed.first():
         return
     test, labelled = videos.rows("test"), videos.rows("train")
     logits, truth = readout.at("logits", test), videos.labels[test]
-    out_of_fold = accuracy(readout.at("logits", labelled), videos.labels[labelled])
-    row |= {"accuracy": accuracy(logits, truth), "out_of_fold": out_of_fold}
+    row["accuracy"] = accuracy(logits, truth)
+    row["out_of_fold"] = accuracy(readout.at("logits", labelled), videos.labels[labelled])
     probs = torch.softmax(logits / readout.temperature, 1)
     row["calibration_error"] = calibration_error(probs, truth)
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -80,21 +83,18 @@ def learn_graphs(run: Run, seed: int, shuffled: bool) -> None:
     logits, representation = build_graphs(bank, videos.training_rows, cfg, dim)
     edges = learn_edges(bank, logits, representation, cfg.edges, seed=seed)
     save_graphs(folder / "graphs.safetensors", Graphs(logits, representation, edges))
-    mean = edges.teachers[-1][videos.training_rows].mean(0).tolist()
-    row = {
-        "teachers": dict(zip(bank.teachers, mean, strict=True)),
-        "pairs": dict(zip(representation.names, edges.pairs[-1].tolist(), strict=True)),
-    }
+    teachers = edges.teachers[-1][videos.training_rows].mean(0).tolist()
+    pairs = dict(zip(representation.names, edges.pairs[-1].tolist(), strict=True))
+    row = {"teachers": dict(zip(bank.teachers, teachers, strict=True)), "pairs": pairs}
     save_json(folder / "result.json", row)
 
 
 def train_student(run: Run, seed: int, name: str, bar: bool = False) -> None:
     """Train and test one student."""
-    folder, videos, profile = run.student_folder(seed, name), _videos(run), run.profile
-    method = find_method(name, profile.teachers.tasks)
+    folder, videos, cfg = run.student_folder(seed, name), _videos(run), run.profile.distillation
+    method, view = find_method(name, run.profile.teachers.tasks), run.profile.view
     bank, graphs = run.bank(seed, videos, method.shuffled), run.graphs(seed, method.shuffled)
     keep = run.keep(folder / "student.ckpt", f"{name}, seed {seed}" if bar else None)
-    cfg, view = profile.distillation, profile.view
     student, history = distill(
         name, bank, graphs, videos, view, cfg, seed=seed, device=run.where, keep=keep
     )
@@ -122,20 +122,6 @@ def _finish(folder: Path, history: list[dict[str, float]], row: dict[str, Any]) 
         checkpoint.unlink(missing_ok=True)
 
 
-def _left(
-    jobs: list[tuple[Any, ...]], folder: Callable[..., Path], done: Callable[[Path], bool]
-) -> list[tuple[Any, ...]]:
-    """Return the jobs that are not done; processes that train together agree on them."""
-    left = [job for job in jobs if not done(folder(*job))]
-    for job in left:  # with a result, its checkpoint would be taken for a left-over
-        (folder(*job) / "result.json").unlink(missing_ok=True)
-    return distributed.agreed(left)
-
-
-def _teacher_is_done(folder: Path) -> bool:
-    return is_done(folder, *TEACHER_FILES) and is_read_out(folder / "bank")
-
-
 def _begin(run: Run, workers: Workers) -> VideoSet:
     """Claim the folder, read the videos, sweep, and note what the run is made on."""
     claim_folder(run)
@@ -146,7 +132,6 @@ def _begin(run: Run, workers: Workers) -> VideoSet:
     for stale in run.folder.rglob("*.ckpt"):  # of what was finished just before a kill
         if (stale.parent / "result.json").exists():
             stale.unlink(missing_ok=True)
-    recognise_own_teachers(run.profile, videos, run.teacher_folder)
     save_json(run.folder / "environment.json", environment())
     source = {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()}
     save_json(run.folder / "source.json", source)
@@ -160,38 +145,32 @@ def _begin(run: Run, workers: Workers) -> VideoSet:
 def execute(run: Run, *, workers: Workers) -> pd.DataFrame:
     """Do what is left of a run; return its results.
 
-    Args:
-        run: what and where.
-        workers: processes, or a cluster, that share whole trainings. Where this process is one of
-            several that train together, they do one training after another instead.
-
-    Raises:
-        UserError: see ``claim_folder`` and ``gdviz.data``.
+    Workers (processes, or a cluster) share whole trainings; processes that ``torchrun`` started
+    do one training after another together. Raise UserError for settings, a folder or videos that
+    cannot work.
     """
-    profile, seeds = run.profile, run.profile.seeds
-    check_profile(profile)
+    check_profile(run.profile)
     torch.set_flush_denormal(True)  # as workers do: unlikely classes have denormal potentials
     videos = _begin(run, workers) if distributed.first() else None
     workers = workers if distributed.world() == 1 else 1
-    bars = workers == 1  # a bar of epochs below the bar of jobs
-
-    def do(work: Callable[..., None], jobs: list[tuple[Any, ...]], title: str) -> None:
-        over_processes(work, jobs, workers, title=title if distributed.first() else None)
-
-    teachers = [(seed, task) for seed in seeds for task in profile.teachers.tasks]
-    left = _left(teachers, run.teacher_folder, _teacher_is_done)
-    do(partial(train_teacher, run, bar=bars), left, "teachers")
-
-    methods = [find_method(name, profile.teachers.tasks) for name in profile.methods]
-    controls = sorted({False, *(method.shuffled for method in methods)})
-    graphs = [(seed, shuffled) for seed in seeds for shuffled in controls]
-    left = _left(graphs, run.graphs_folder, lambda f: is_done(f, "graphs.safetensors"))
-    do(partial(learn_graphs, run), left, "graphs")
-
-    students = [(seed, name) for seed in seeds for name in profile.methods]
-    left = _left(students, run.student_folder, lambda f: is_done(f, *STUDENT_FILES))
-    do(partial(train_student, run, bar=bars), left, "students")
-
+    bar = workers == 1  # a bar of epochs below the bar of jobs
+    tasks, methods = run.profile.teachers.tasks, run.profile.methods
+    controls = sorted({False, *(find_method(name, tasks).shuffled for name in methods)})
+    steps: list[tuple[str, Callable[..., None], Callable[..., Path], Sequence[str | bool]]] = [
+        ("teachers", partial(train_teacher, run, bar=bar), run.teacher_folder, tasks),
+        ("graphs", partial(learn_graphs, run), run.graphs_folder, controls),
+        ("students", partial(train_student, run, bar=bar), run.student_folder, methods),
+    ]
+    for title, work, folder, names in steps:
+        left = []
+        for job in ((seed, name) for seed in run.profile.seeds for name in names):
+            done = is_done(folder(*job), *FILES[title])
+            if not done or (title == "teachers" and not is_read_out(folder(*job) / "bank")):
+                left.append(job)
+                # With a result, its checkpoint would be taken for a left-over.
+                (folder(*job) / "result.json").unlink(missing_ok=True)
+        left = distributed.agreed(left)  # by processes that train together
+        over_processes(work, left, workers, title=title if distributed.first() else None)
     results = distributed.agreed(run.results())
     if videos:
         save_results(run.folder / "results.csv", results)
@@ -201,26 +180,25 @@ def execute(run: Run, *, workers: Workers) -> pd.DataFrame:
 
 
 def summarise(run: Run, videos: VideoSet) -> dict[str, Any]:
-    """Return sizes and speed of teachers and student, and the baselines that see no motion."""
-    profile, classes = run.profile, len(videos.label_names)
-    teachers = {
-        task: footprint(
-            build_teacher(task, profile.teachers, classes).to(run.where), profile.view_of(task)
-        )
-        for task in profile.teachers.tasks
-    }
-    student = build_student(profile.distillation.student, classes).to(run.where)
-    cost = footprint(student, profile.view)
+    """Return sizes and speed of teachers and student, and the baselines that see no motion.
+
+    The ratio of latencies is the median over rounds, in which models take turns.
+    """
+    profile, classes, tasks = run.profile, len(videos.label_names), run.profile.teachers.tasks
+    nets = [build_teacher(task, profile.teachers, classes) for task in tasks]
+    nets.append(build_student(profile.distillation.student, classes))
+    views = [*map(profile.view_of, tasks), profile.view]
+    models = zip([net.to(run.where) for net in nets], views, strict=True)
+    (*teachers, student), times = footprints(list(models))
+    ratio: dict[str, Any] = {key: sum(t[key] for t in teachers) / student[key] for key in student}
+    quartiles = (times[:, :-1].sum(1) / times[:, -1]).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    low, ratio["latency_ms"], high = quartiles.tolist()
     parts = {split: len(videos.rows(split)) for split in ("train", "unlabelled", "test")}
+    data = {"name": videos.name, "classes": videos.label_names, "videos": parts}
     return {
-        "data": {
-            "name": videos.name,
-            "classes": videos.label_names,
-            "videos": parts,
-            "skipped": len(videos.skipped),
-        },
+        "data": data | {"skipped": len(videos.skipped)},
         "baselines": shortcut_baselines(videos),
-        "teacher": teachers,
-        "student": cost,
-        "ratio": {key: sum(t[key] for t in teachers.values()) / cost[key] for key in cost},
+        "teacher": dict(zip(tasks, teachers, strict=True)),
+        "student": student,
+        "ratio": ratio | {"latency_ms_quartiles": [low, high]},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import comb
+from typing import Any
 
 import pandas as pd
 import torch
@@ -10,19 +11,13 @@ from torch import Tensor
 
 from gdviz.core.files import load_json, load_tensors
 from gdviz.data.videos import VideoSet
+from gdviz.experiment import metrics
 from gdviz.experiment.folder import Run
-from gdviz.experiment.metrics import (
-    accuracy,
-    calibration_error,
-    linear_probe,
-    per_class_accuracy,
-    retrieval,
-)
-from gdviz.teachers.bank import Readout, calibration_temperature, open_readout, predict
+from gdviz.teachers.bank import calibration_temperature, open_readout, predict
 from gdviz.teachers.fit import build_teacher
 
 
-def spread(values: pd.Series) -> str:
+def spread(values: Any) -> str:
     """Return "mean ± standard deviation" of shares, in percent."""
     text = f"{100 * values.mean():.1f}"
     return text + (f" ± {100 * values.std():.1f}" if len(values) > 1 else "")
@@ -30,13 +25,11 @@ def spread(values: pd.Series) -> str:
 
 def gains(results: pd.DataFrame) -> pd.DataFrame:
     """Return what the headline method gains on each other student: rows are seeds."""
-    students = results[results["kind"] == "student"]
-    ours = students[students["headline"]]["name"]
-    wide = students.pivot(index="seed", columns="name", values="accuracy")
-    if ours.empty:
-        return wide.iloc[:, :0]
-    wide = wide[list(dict.fromkeys(students["name"]))]
-    return wide.rsub(wide[ours.iloc[-1]], axis=0).drop(columns=ours.iloc[-1])
+    students = results.query("kind == 'student'")
+    wide = students.pivot_table("accuracy", "seed", "name", sort=False)
+    ours = students.query("headline")["name"].tolist()[-1:]
+    gained = wide.rsub(wide[ours[0]], axis=0) if ours else wide.iloc[:, :0]
+    return gained.drop(columns=ours)
 
 
 def table(run: Run) -> str:
@@ -51,19 +44,23 @@ def table(run: Run) -> str:
         f"{'':34}top-1 (mean ± std)",
     ]
     lines += [f"  {f'baseline: {k}':32}{100 * v:.1f}" for k, v in summary["baselines"].items()]
-    for (kind, name), rows in results.groupby(["kind", "name"], sort=False):
-        lines.append(f"  {f'{kind}: {name}':32}{spread(rows['accuracy'])}")
+    models = results["kind"] + ": " + results["name"]
+    means = results.groupby(models, sort=False)["accuracy"].agg(spread)
+    lines += [f"  {name:32}{text}" for name, text in means.items()]
     gained = gains(results)
     if len(gained.columns):
         lines += ["", f"{'gain of both graphs, seed by seed':34}points"]
-        lines += [f"  {name:32}{spread(gained[name])}" for name in gained]
+        lines += [f"  {name:32}{text}" for name, text in gained.agg(spread).items()]
     ratio, student = summary["ratio"], summary["student"]
+    faster = f"{ratio['latency_ms']:.1f} times faster"
+    if "latency_ms_quartiles" in ratio:  # not so in runs of older code
+        faster += " (quartiles {:.1f} and {:.1f})".format(*ratio["latency_ms_quartiles"])
     lines += [
         "",
         f"the student has {student['params']:,} parameters, takes {student['gflops'] * 1e3:.1f} "
         f"MFLOP and {student['latency_ms']:.2f} ms a clip:",
         f"{ratio['params']:.1f} times smaller, {ratio['gflops']:.1f} times fewer FLOPs and "
-        f"{ratio['latency_ms']:.1f} times faster than the teachers together",
+        f"{faster} than the teachers together",
     ]
     return "\n".join(lines)
 
@@ -76,49 +73,42 @@ def _measures(
     labels, truth = videos.labels[train], videos.labels[test]
     groups = [videos.groups[i] for i in train]
     ks = [k for k in (1, 5, 10, 20) if k <= len(train)]
-    found = retrieval(features[train], labels, features[test], truth, ks)
+    found = metrics.retrieval(features[train], labels, features[test], truth, ks)
     return {
-        "top-1": accuracy(logits[test], truth),
-        "probe": linear_probe(features[train], labels, groups, features[test], truth),
+        "top-1": metrics.accuracy(logits[test], truth),
+        "probe": metrics.linear_probe(features[train], labels, groups, features[test], truth),
         **{f"R@{k}": value for k, value in found.items()},
-        "ECE": calibration_error(torch.softmax(logits[test], 1), truth),
-        "ECE scaled": calibration_error(probs, truth),
+        "ECE": metrics.calibration_error(torch.softmax(logits[test], 1), truth),
+        "ECE scaled": metrics.calibration_error(probs, truth),
     }
 
 
 def _scaled(logits: Tensor, labels: Tensor) -> Tensor:
     """Probabilities, every other row by the temperature of the rest: no row judges itself."""
     probs = torch.empty_like(logits)
-    for half, rest in (
-        (slice(0, None, 2), slice(1, None, 2)),
-        (slice(1, None, 2), slice(0, None, 2)),
-    ):
-        temperature = calibration_temperature(logits[rest], labels[rest])
-        probs[half] = torch.softmax(logits[half] / temperature, 1)
+    for half in (0, 1):
+        temperature = calibration_temperature(logits[1 - half :: 2], labels[1 - half :: 2])
+        probs[half::2] = torch.softmax(logits[half::2] / temperature, 1)
     return probs
 
 
-def _before_labels(run: Run, videos: VideoSet, seed: int, task: str) -> Tensor:
-    """Features of a teacher's backbone before it saw a label, for labelled and test videos."""
+def _teacher(run: Run, videos: VideoSet, seed: int, task: str) -> dict[str, float]:
+    """Measure a teacher; its features are those of its backbone before it saw a label."""
+    folder, view = run.teacher_folder(seed, task), run.profile.view_of(task)
+    readout, test = open_readout(folder / "bank", videos, view), videos.rows("test")
+    logits = readout.at("logits", torch.arange(len(videos.splits)))
+    probs = torch.softmax(logits[test] / readout.temperature, 1)
     model = build_teacher(task, run.profile.teachers, len(videos.label_names)).to(run.where)
-    state = load_tensors(run.teacher_folder(seed, task) / "teacher.safetensors")
-    prefix = "pretrained."
-    before = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if before:  # a network of one's own is as it was
-        model.backbone.load_state_dict(before)
-    rows = torch.cat([videos.rows("train"), videos.rows("test")])
-    found = predict(model, videos, rows, run.profile.view_of(task))[1].mean(1)
+    state, prefix = load_tensors(folder / "teacher.safetensors"), "backbone."
+    before = {
+        k.replace("pretrained.", prefix): x for k, x in state.items() if k.startswith("pretrained.")
+    }
+    model.load_state_dict(before, strict=False)  # none of one's own network, which is as it was
+    rows = torch.cat([videos.rows("train"), test])
+    found = predict(model, videos, rows, view)[1].mean(1)
     features = torch.zeros(len(videos.splits), found.shape[1])
     features[rows] = found
-    return features
-
-
-def _teacher(run: Run, videos: VideoSet, seed: int, task: str) -> dict[str, float]:
-    folder = run.teacher_folder(seed, task) / "bank"
-    readout: Readout = open_readout(folder, videos, run.profile.view_of(task))
-    logits = readout.at("logits", torch.arange(len(videos.splits)))
-    probs = torch.softmax(logits[videos.rows("test")] / readout.temperature, 1)
-    return _measures(videos, logits, probs, _before_labels(run, videos, seed, task))
+    return _measures(videos, logits, probs, features)
 
 
 def _chance(labels: Tensor, truth: Tensor, ks: list[int]) -> dict[str, float]:
@@ -139,9 +129,10 @@ def evaluation(run: Run) -> str:
     before and after temperature scaling: a teacher's temperature is fitted out of fold, a
     student's on the other half of the test part. Then top-1 by class.
     """
-    videos = run.videos()
+    videos, rows, by_class = run.videos(), [], []
     train, test = videos.rows("train"), videos.rows("test")
-    truth, rows, by_class = videos.labels[test], [], {}
+    truth = videos.labels[test]
+    names = [videos.label_names[label] for label in truth]
     for seed in run.profile.seeds:
         for task in run.profile.teachers.tasks:
             rows.append({"name": f"teacher: {task}"} | _teacher(run, videos, seed, task))
@@ -150,21 +141,13 @@ def evaluation(run: Run) -> str:
             logits, features = outputs["logits"], outputs["features"]
             measured = _measures(videos, logits, _scaled(logits[test], truth), features)
             rows.append({"name": f"student: {method}"} | measured)
-            by_class[method, seed] = per_class_accuracy(logits[test], truth).tolist()
-    found = pd.DataFrame(rows)
-    ks = [int(name[2:]) for name in found if name.startswith("R@")]
-    shown = found.groupby("name", sort=False).agg(spread)
-    chance = pd.Series(_chance(videos.labels[train], truth, ks)).map("{:.1%}".format)
-    shown.loc["chance"] = chance.str.rstrip("%").reindex(shown.columns).fillna("")
-    classes = (
-        100 * pd.DataFrame(by_class, index=videos.label_names).T.groupby(level=0, sort=False).mean()
-    )
-    return "\n".join(
-        [
-            "mean ± std over seeds, %",
-            shown.to_string(index_names=False),
-            "",
-            "by class, mean over seeds, %",
-            classes.T.to_string(float_format="{:.1f}".format),
-        ]
-    )
+            right = 100.0 * (logits[test].argmax(1) == truth)
+            by_class.append(pd.DataFrame({"class": names, "method": method, "right": right}))
+    shown = pd.DataFrame(rows).groupby("name", sort=False).agg(spread)
+    ks = [int(name[2:]) for name in shown if name.startswith("R@")]
+    chance = _chance(videos.labels[train], truth, ks)
+    shown.loc["chance"] = [f"{100 * chance[k]:.1f}" if k in chance else "" for k in shown]
+    classes = pd.concat(by_class).pivot_table("right", "class", "method", sort=False)
+    classes = classes.reindex(videos.label_names)
+    text = shown.to_string(index_names=False), classes.to_string(float_format="{:.1f}".format)
+    return "mean ± std over seeds, %\n{}\n\nby class, mean over seeds, %\n{}".format(*text)

@@ -8,7 +8,8 @@ seed still has. ``tools/pack_example.py`` makes it anew.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,27 @@ from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run, Workers, open_run
 
 
+@cache
+def _video(profile: Profile, motion: str, seed: int) -> np.ndarray:
+    """Draw, compress and read a video, as the run's were."""
+    cfg, view = profile.motion, profile.view
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "video.mp4"
+        encode(render(CLASSES.index(motion), seed, size=cfg.size, frames=cfg.frames), file)
+        return read_square(file, view.frames, view.size)[0].numpy()
+
+
 @dataclass(frozen=True)
 class _Drawn(Cache):
-    """A cache whose videos are drawn, compressed and read as the run's were, by need."""
-
     profile: Profile
     motions: tuple[str, ...]
     seeds: tuple[int, ...]
-    done: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
         row, frames = key
-        if row not in self.done:
-            cfg, view = self.profile.motion, self.profile.view
-            label, seed = CLASSES.index(self.motions[row]), self.seeds[row]
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "video.mp4"
-                encode(render(label, seed, size=cfg.size, frames=cfg.frames), file)
-                self.done[row] = read_square(file, view.frames, view.size)[0].numpy()
-        return self.done[row][frames]
+        return _video(self.profile, self.motions[row], self.seeds[row])[frames]
 
 
-@dataclass(frozen=True)
 class Bundled(Run):
     """A run whose videos are drawn, not stored."""
 
@@ -61,17 +61,11 @@ class Bundled(Run):
 
 
 def open_bundled(folder: Path) -> Bundled:
-    """Open ``data/example``.
-
-    Raises:
-        UserError: a file is not the one that was packed.
-    """
+    """Open ``data/example``; raise UserError if a file is not the one that was packed."""
     for line in (folder / "SHA256SUMS").read_text().splitlines():
-        digest, name = line.split("  ")
-        if not (folder / name).exists() or file_sha256(folder / name) != digest:
-            raise UserError(
-                f"{folder / name} is damaged or gone; restore it, for instance: "
-                "git checkout data/example"
-            )
+        digest, file = line[:64], folder / line[66:]
+        if not file.exists() or file_sha256(file) != digest:
+            advice = "restore it, for instance: git checkout data/example"
+            raise UserError(f"{file} is damaged or gone; {advice}")
     run = open_run(folder)
     return Bundled(run.profile, folder, cache=run.cache)

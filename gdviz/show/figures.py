@@ -14,7 +14,7 @@ import networkx as nx
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -48,6 +48,13 @@ class Finished:
         """Rows of the test videos."""
         return self.videos.rows("test")
 
+    def matched(self) -> nx.Graph:
+        """Return the logits graph of the test videos, with the student."""
+        test, graph, t = self.test, self.graphs.logits, self.graphs.logits.temperature
+        student = torch.softmax(self.outputs["logits"][test] / t, 1)
+        weights = self.graphs.edges.teachers[-1][test]
+        return graph.to_networkx(self.bank.probs(t)[test], weights, student)
+
 
 def open_finished(run: Run) -> Finished:
     """Open what a finished run holds.
@@ -70,43 +77,30 @@ def open_finished(run: Run) -> Finished:
     return Finished(videos, bank, graphs, bool(adapters), results, summary, student, outputs)
 
 
-def _matched(look: Finished) -> nx.Graph:
-    """The logits graph of the test videos, with the student."""
-    test, logits_graph = look.test, look.graphs.logits
-    student = torch.softmax(look.outputs["logits"][test] / logits_graph.temperature, 1)
-    probs = look.bank.probs(logits_graph.temperature)[test]
-    return logits_graph.to_networkx(probs, look.graphs.edges.teachers[-1][test], student)
-
-
-def _logits_graph(look: Finished) -> Figure:
-    return plots.figure_of(plots.plot_logits_graph(_matched(look)))
-
-
-def _plan(look: Finished) -> Figure | None:
+def _plan(look: Finished) -> Axes | None:
     """The plan between the two heaviest teachers."""
     if len(look.bank.teachers) < 2:
         return None
-    graph = _matched(look)
-    heaviest = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])
-    edge, labels = graph[heaviest[0]][heaviest[1]], look.videos.label_names
-    return plots.figure_of(plots.plot_plan(edge["plan"], labels, edge["rows"], edge["columns"]))
+    graph = look.matched()
+    a, b = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
+    edge = graph[a][b]
+    return plots.plot_plan(edge["plan"], look.videos.label_names, edge["rows"], edge["columns"])
 
 
 @torch.no_grad()
-def _representation_graph(look: Finished) -> Figure | None:
+def _representation_graph(look: Finished) -> Axes | None:
     if not look.adapted:
         return None
     graph, edges, test = look.graphs.representation, look.graphs.edges, look.test
     features = look.outputs["features"][test], look.bank.features_at(test)
     distances = graph.distances(*features, edges.consensus[-1][test])
-    drawn = graph.to_networkx(edges.pairs[-1], distances)
-    return plots.figure_of(plots.plot_representation_graph(drawn))
+    return plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances))
 
 
-def _edge_weights(look: Finished) -> Figure:
+def _edge_weights(look: Finished) -> Axes:
     edges, pairs = look.graphs.edges, look.graphs.representation.names
     teachers = edges.teachers[:, look.videos.training_rows]
-    figure, axes = plt.subplots(2, figsize=(5.6, 6.4))
+    _, axes = plt.subplots(2, figsize=(5.6, 6.4))
     for ax, what, names, mean, last in (
         # pairs first: the room that their names take makes both plots lower
         (axes[1], "pairs", pairs, edges.pairs, edges.pairs[-1]),
@@ -115,10 +109,10 @@ def _edge_weights(look: Finished) -> Figure:
         plots.plot_edges_over_training(mean, names, ax)
         effective = float(effective_number(last).mean())
         ax.set_title(f"effective number of {what}: {effective:.1f} of {len(names)}", loc="left")
-    return figure
+    return axes[0]
 
 
-def _embeddings(look: Finished) -> Figure | None:
+def _embeddings(look: Finished) -> Axes | None:
     if len(look.test) < 5:  # UMAP needs neighbours
         return None
     weights = look.graphs.edges.teachers[-1][look.videos.training_rows].mean(0)
@@ -127,40 +121,36 @@ def _embeddings(look: Finished) -> Figure | None:
         f"teacher: {look.bank.teachers[best]}": look.bank.features_at(look.test)[best],
         f"student: {look.student['label']}": look.outputs["features"][look.test],
     }
-    figure, axes = plt.subplots(1, 2, figsize=(6.75, 3.0))
+    _, axes = plt.subplots(1, 2, figsize=(6.75, 3.0))
     for ax, (title, features) in zip(axes, shown.items(), strict=True):
         plots.plot_embedding(plots.embed(features), look.videos.labels[look.test], names, ax)
         ax.set_title(title)
     if legend := axes[0].get_legend():  # one for both
         legend.remove()
-    return figure
+    return axes[0]
 
 
-def _accuracy(look: Finished) -> Figure:
-    chance = look.summary["baselines"]["chance"]
-    return plots.figure_of(plots.plot_accuracy(look.results, chance=chance))
-
-
-def _tradeoff(look: Finished) -> Figure:
+def _tradeoff(look: Finished) -> Axes:
     """The teachers, the first method's student (by default of the labels) and the headline's."""
     results, students = look.results, look.results.query("kind == 'student'")
     compared = results["name"].isin([students["name"].iloc[0], look.student["name"]])
     shown = results[compared | (results["kind"] == "teacher")]
     costs = [look.summary["teacher"].get(name, look.summary["student"]) for name in shown["name"]]
     shown = shown.join(pd.DataFrame(costs, index=shown.index))
-    figure, axes = plt.subplots(2, figsize=(5.6, 5.2))
+    _, axes = plt.subplots(2, figsize=(5.6, 5.2))
     plots.plot_tradeoff(shown, "latency_ms", axes[0])
-    plots.plot_tradeoff(shown, "params", axes[1])
-    return figure
+    return plots.plot_tradeoff(shown, "params", axes[1])
 
 
-FIGURES: dict[str, Callable[[Finished], Figure | None]] = {
-    "logits_graph": _logits_graph,
+FIGURES: dict[str, Callable[[Finished], Axes | None]] = {  # an axes of each figure
+    "logits_graph": lambda look: plots.plot_logits_graph(look.matched()),
     "transport_plan": _plan,
     "representation_graph": _representation_graph,
     "edge_weights": _edge_weights,
     "embeddings": _embeddings,
-    "accuracy": _accuracy,
+    "accuracy": lambda look: plots.plot_accuracy(
+        look.results, chance=look.summary["baselines"]["chance"]
+    ),
     "tradeoff": _tradeoff,
 }
 
@@ -173,9 +163,9 @@ def draw_figures(run: Run, out: Path) -> list[Path]:
     look, written = open_finished(run), []
     with plots.style():
         for name, draw in FIGURES.items():
-            if figure := draw(look):
-                written += plots.save_figure(figure, out, name)
-                plt.close(figure)
+            if ax := draw(look):
+                written += plots.save_figure(plots.figure_of(ax), out, name)
+                plt.close(plots.figure_of(ax))
             else:
                 tqdm.write(f"{name}: not drawn, this run is too small for it or lacks the method")
     return written

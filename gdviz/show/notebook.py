@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -62,11 +63,7 @@ class Session:
 
 
 def check(answer: Any, right: Callable[[Any], Any], hint: str) -> None:
-    """Print whether an exercise's answer is right; ``...`` is one not given yet.
-
-    Raises:
-        AssertionError: it is wrong; says the hint.
-    """
+    """Print whether an answer is right (``...``: not given yet); AssertionError says the hint."""
     if answer is not ...:
         assert bool(right(answer)), hint
     print("not answered yet" if answer is ... else "right")
@@ -77,30 +74,24 @@ def find_run(root: Path) -> Run:
 
     That is all default methods and two teachers or more; else the bundled run.
     """
-    done = sorted(root.glob("runs/*/summary.json"), key=lambda file: -file.stat().st_mtime)
-    for file in done:
-        try:
+    for file in sorted(root.glob("runs/*/summary.json"), key=lambda file: -file.stat().st_mtime):
+        with suppress(UserError):  # made by another version of gdviz
             run = open_run(file.parent)
-        except UserError:  # made by another version of gdviz
-            continue
-        if set(METHODS) <= set(run.profile.methods) and len(run.profile.teachers.tasks) > 1:
-            return run
+            if set(METHODS) <= set(run.profile.methods) and len(run.profile.teachers.tasks) > 1:
+                return run
     return open_bundled(root / "data/example")
 
 
 def setup(seed: int = 0, profile: str = "smoke") -> Session:
     """Set seed, threads and figure style of a notebook; show versions and the run looked at.
 
-    Raises:
-        UserError: not started inside the project, or the bundled run is damaged.
+    Raise UserError if not started inside the project, or if the bundled run is damaged.
     """
     here = Path.cwd()
     roots = [f for f in (here, *here.parents) if (f / "data/example/SHA256SUMS").exists()]
     if not roots:
-        raise UserError(
-            f"{here} is not inside the gdviz project (no data/example above it); start Jupyter "
-            "there"
-        )
+        problem = f"{here} is not inside the gdviz project (no data/example above it)"
+        raise UserError(f"{problem}; start Jupyter there")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # read when UMAP is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
     torch.set_flush_denormal(True)  # as runs do
@@ -110,15 +101,11 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
     mpl.rcParams.update(plots.STYLE)
     device, run = "cuda" if torch.cuda.is_available() else "cpu", find_run(roots[0])
     packed = " (no finished run under `runs/`)" if isinstance(run, Bundled) else ""
-    rows = {
-        "Python": platform.python_version(),
-        **{name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")},
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-        "profile": profile,
-        "looking at": f"`{run.folder.relative_to(roots[0])}`{packed}",
-    }
+    rows = {"Python": platform.python_version()}
+    rows |= {name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")}
+    rows |= {"device": device, "threads": str(torch.get_num_threads())}
+    rows |= {"seed": str(seed), "profile": profile}
+    rows["looking at"] = f"`{run.folder.relative_to(roots[0])}`{packed}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     display(Markdown(f"| | |\n|---|---|\n{table}"))
     return Session(seed, PROFILES[profile], device, roots[0], run)

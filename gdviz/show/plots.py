@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import matplotlib as mpl
 import networkx as nx
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -23,9 +24,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.rcsetup import cycler
 from scipy.optimize import isotonic_regression
 
 from gdviz.core.files import atomic
+from gdviz.experiment.tables import spread
 
 Names = Sequence[str]
 Place = Axes | None  # where to draw; None: in a new figure
@@ -42,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "image.cmap": "cividis",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -54,8 +57,9 @@ STYLE: dict[Any, Any] = {
 style = partial(mpl.rc_context, STYLE)  # for a ``with`` block, or a decorator
 NUMBERED = 5  # teachers of a graph whose edges have room for numbers
 NAMED = 12  # lines or classes of which each has room for its name
-_SHAPES = {"teacher": "o", "consensus": "D", "student": "s"}
+_VERTICES = {"teacher": ("o", 0), "consensus": ("D", 1), "student": ("s", 2)}  # marker, colour
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 _ON_WHITE = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.92}
 
 
@@ -66,15 +70,21 @@ def save_figure(fig: Figure, folder: Path | str, stem: str) -> list[Path]:
         UserError: the disk refused the write.
     """
     no_dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
-    paths = [Path(folder) / f"{stem}.{kind}" for kind in no_dates]
+    paths = []
     with style():
         fig.set_dpi(STYLE["savefig.dpi"])  # small text is narrower at a lower resolution
         fig.draw_without_rendering()
         fig.set_layout_engine("none")  # solved anew, it would move by a fraction of a pixel
-        for path, (kind, metadata) in zip(paths, no_dates.items(), strict=True):
-            with atomic(path) as temporary:
+        for kind, metadata in no_dates.items():
+            paths.append(Path(folder) / f"{stem}.{kind}")
+            with atomic(paths[-1]) as temporary:
                 fig.savefig(temporary, format=kind, metadata=metadata)
     return paths
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that holds a plot."""
+    return cast(Figure, ax.figure)
 
 
 def _array(values: Any) -> np.ndarray:
@@ -85,35 +95,26 @@ def _axes(ax: Place, width: float = 5.6, height: float = 3.6) -> Axes:
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
-def figure_of(ax: Axes) -> Figure:
-    """Return the figure that holds a plot."""
-    return cast(Figure, ax.figure)
+def _look(k: int) -> dict[str, Any]:
+    """Return colour and marker of category k."""
+    return {"c": PALETTE[k % 6], "marker": MARKERS[k % 11]}
 
 
-def _apart(places: np.ndarray, gap: float) -> np.ndarray:
-    """Move numbers as little as needed (least squares) for each two to be ``gap`` apart."""
-    order, steps = np.argsort(places, kind="stable"), gap * np.arange(len(places))
-    moved = np.empty(len(places))
-    moved[order] = isotonic_regression(places[order] - steps).x + steps
-    return moved
+def _name(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 1) -> None:
+    """Name points right (``side`` 1) or left (-1) of them, each joined to its name by a line.
 
-
-def _name(ax: Axes, names: Names, points: np.ndarray, colours: Names, side: int = 1) -> None:
-    """Name points right (``side`` 1) or left (-1) of them and apart, each joined by a line."""
+    Names move as little as needed (least squares) to be 12 points apart.
+    """
     figure_of(ax).draw_without_rendering()  # lays out: how high is the plot?
     inches = ax.get_window_extent().height / figure_of(ax).dpi
     heights = points[:, 1] * 72 * inches / np.ptp(ax.get_ylim())
-    ups = _apart(heights, 12) - heights
-    look: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
-    look["ha"] = "left" if side > 0 else "right"
+    order, steps = np.argsort(heights, kind="stable"), 12 * np.arange(len(names))
+    moved = isotonic_regression(heights[order] - steps).x + steps
     lead = {"arrowstyle": "-", "lw": 0.8, "shrinkA": 1, "relpos": (0 if side > 0 else 1, 0.5)}
-    for name, point, up, colour in zip(names, points, ups, colours, strict=True):
-        ax.annotate(name, point, (18 * side, up), arrowprops=lead | {"color": colour}, **look)
-
-
-def _number(value: float, digits: int = 2) -> str:
-    """Return a number as cells hold it, without a zero before the point."""
-    return f"{value:.{digits}f}".removeprefix("0")
+    for k, height in zip(order, moved, strict=True):
+        look = {"arrowprops": lead | {"color": colours[k]}, "ha": "left" if side > 0 else "right"}
+        place = 18 * side, height - heights[k]
+        ax.annotate(names[k], tuple(points[k]), place, **look, **_OFFSET)
 
 
 def _edge(
@@ -127,16 +128,13 @@ def _edge(
     ax.add_patch(FancyArrowPatch(a, b, color=WEIGHTS(share), gid=gid, **look, **curve))
 
 
-def _vertex(ax: Axes, place: Any, kind: str) -> None:
-    colour = PALETTE[list(_SHAPES).index(kind)]
-    ax.scatter(*place, s=200, marker=_SHAPES[kind], c=colour, ec=INK, lw=1, zorder=3)
-
-
-def _finish_graph(ax: Axes, norm: Normalize, heaviest: float, note: str) -> None:
-    """Add a note below and the colour bar, pointed if a weight lies beyond it."""
-    over = "max" if heaviest > (norm.vmax or 0) * (1 + 1e-6) else "neither"
-    bar = ScalarMappable(norm, WEIGHTS)
-    ax.figure.colorbar(bar, ax=ax, extend=over, shrink=0.8, pad=0.02, label="edge weight")
+def _finish_graph(ax: Axes, at: Mapping[str, Any], norm: Normalize, over: bool, note: str) -> None:
+    """Draw vertices, a note below, and the colour bar, pointed if a weight lies beyond it."""
+    for name, place in at.items():
+        marker, colour = _VERTICES.get(name, _VERTICES["teacher"])
+        ax.scatter(*place, s=200, marker=marker, c=PALETTE[colour], ec=INK, lw=1, zorder=3)
+    look = {"extend": "max" if over else "neither", "shrink": 0.8, "pad": 0.02}
+    ax.figure.colorbar(ScalarMappable(norm, WEIGHTS), ax=ax, label="edge weight", **look)
     ax.text(0.5, -0.02, note, transform=ax.transAxes, ha="center", va="top")
     ax.set_aspect("equal")
     ax.axis("off")
@@ -147,39 +145,37 @@ def plot_logits_graph(graph: nx.Graph, ax: Place = None, *, vmax: float | None =
     """Draw ``LogitsGraph.to_networkx``: teachers, their consensus and the student, left to right.
 
     A teacher's weight stands beside its name: its edges to consensus and student both have it.
-    Dashed are the couplings of two teachers, of up to ``NUMBERED`` of them. Give panels to be
-    compared the same ``vmax``, the weight at the end of the colour bar; by default the heaviest
-    teacher's. The consensus' weight beta may lie beyond it: the bar is then pointed.
+    Dashed are the couplings of two teachers, of up to ``NUMBERED`` of them. The colour bar ends at
+    ``vmax`` (panels to be compared need the same), by default at the heaviest teacher's weight; it
+    is pointed where beta, the weight of the consensus, lies beyond.
     """
-    edges = [edge for *_, edge in graph.edges(data=True)]
+    edges = list(graph.edges.values())
     weights = {edge["columns"]: edge["weight"] for edge in edges if edge["kind"] == "matching"}
-    glued = 1 < len(weights) <= NUMBERED
+    glued, student = 1 < len(weights) <= NUMBERED, "student" in graph
     ax = _axes(ax, 5.6, max(2.8, 0.8 + 0.22 * len(weights)))
-    rows = np.linspace(1, -1, len(weights))
-    at = {name: (0.0, y) for name, y in zip(weights, rows, strict=True)}
-    at |= {"consensus": (1.3, 0.0), "student": (2.6, 0.0)}
-    norm = Normalize(0, vmax or max(weights.values()), clip=True)
+    at = {"consensus": (1.3, 0.0)} | ({"student": (2.6, 0.0)} if student else {})
+    heights = np.linspace(1, -1, len(weights))
+    at |= {name: (0.0, y) for name, y in zip(weights, heights, strict=True)}
+    top = vmax or max(weights.values())
     for edge in edges:
         kind, a, b = edge["kind"], edge["rows"], edge["columns"]
         around = 0.25 if at[b][1] >= 0 else -0.25  # from the student past the consensus
         bend = {"matching": 0.0, "glued": 0.35, "distillation": around * (b != "consensus")}[kind]
         if kind != "glued" or glued:
-            share = float(norm(edge["weight"]))
+            share = min(1.0, edge["weight"] / top)
             _edge(ax, at[a], at[b], share, f"{kind}:{a}|{b}", bend, dashed=kind == "glued")
-    for node in graph:
-        _vertex(ax, at[node], graph.nodes[node]["kind"])
     left = -0.45 if glued else -0.15
     for name, weight in weights.items():
         ax.text(left, at[name][1], f"{name}  {weight:.2f}", ha="right", va="center")
-    offset: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
-    ax.annotate("consensus", at["consensus"], (6, -12), **offset)
-    if "student" in graph:
-        ax.annotate("student", at["student"], (12, 0), **offset)
+    ax.annotate("consensus", at["consensus"], (6, -12), **_OFFSET)
+    if student:
+        ax.annotate("student", at["student"], (12, 0), **_OFFSET)
         ax.text(1.95, 0.06, f"beta {graph.graph['beta']:.2f}", ha="center", va="bottom")
-    room = 0.3 + 0.08 * (6 + max(map(len, weights)))  # for names
-    ax.set(xlim=(left - room, 3.3 if "student" in graph else 1.9), ylim=(-1.15, 1.15))
+    room = 0.78 + 0.08 * max(map(len, weights))  # for names
+    ax.set(xlim=(left - room, 3.3 if student else 1.9), ylim=(-1.15, 1.15))
+    over = max(edge["weight"] for edge in edges) > top * (1 + 1e-6)
     note = "dashed: teacher to teacher, read off the joint coupling" if glued else ""
-    _finish_graph(ax, norm, max(edge["weight"] for edge in edges), note)
+    _finish_graph(ax, at, Normalize(0, top), over, note)
     return ax
 
 
@@ -194,39 +190,34 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     distance = {"mmd": "MMD²", "cka": "1 - CKA", "coral": "CORAL"}[graph.graph["distance"]]
     if len(names) > NUMBERED:
-        return _pair_matrix(names, pairs, distance, ax)
+        values = pd.DataFrame(np.nan, names, names)
+        for (a, b), edge in pairs.items():
+            values.loc[b, a] = edge["weight"]
+        note = f"below the diagonal: learned weight; above: {distance} to the student"
+        ax = _heat(values, names, ("", note, "edge weight"), ax, WEIGHTS)
+        for (a, b), edge in pairs.items():
+            at = names.index(b) + 0.5, names.index(a) + 0.5
+            ax.text(*at, f"{edge['distance']:.2f}".lstrip("0"), fontsize=6, **_CENTRED)
+        return ax
     ax = _axes(ax, 6.0, 4.0)
     turn = np.pi / 2 + np.pi * (1 - 2 * np.arange(len(names))) / len(names)
     at = dict(zip(names, np.stack([np.cos(turn), np.sin(turn)], 1), strict=True))
     heaviest = max(edge["weight"] for edge in pairs.values())
-    norm = Normalize(0, heaviest)
     for (a, b), edge in pairs.items():
         if a != b:  # a single teacher's vertex is its ensemble with itself
-            _edge(ax, at[a], at[b], float(norm(edge["weight"])), f"pair:{a}|{b}")
+            _edge(ax, at[a], at[b], edge["weight"] / heaviest, f"pair:{a}|{b}")
         # the diagonals of a square meet in the middle
         reach = 0.32 if len(names) == 4 and np.allclose(at[a], -at[b]) else 0.5
         x, y = at[a] + reach * (at[b] - at[a]) + (0, 0.3 * (a == b))
         text = f"{edge['weight']:.2f}\n{edge['distance']:.3f}"
         ax.text(x, y, text, bbox=_ON_WHITE, zorder=4, **_CENTRED)
     for name, (x, y) in at.items():
-        _vertex(ax, (x, y), "teacher")
         ha = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
-        ax.annotate(name, (x, y), (12 * x, 14 * y), textcoords="offset points", ha=ha, va="center")
+        ax.annotate(name, (x, y), (12 * x, 14 * y), ha=ha, **_OFFSET)
     room = 1.2 + 0.065 * max(map(len, names))  # for names
     ax.set(xlim=(-room, room), ylim=(-1.4, 1.2))
-    _finish_graph(ax, norm, heaviest, f"on an edge: learned weight, {distance} to the student")
-    return ax
-
-
-def _pair_matrix(names: Names, pairs: Mapping[Any, Any], distance: str, ax: Place) -> Axes:
-    weights = np.full((len(names), len(names)), np.nan)
-    for (a, b), edge in pairs.items():
-        weights[names.index(b), names.index(a)] = edge["weight"]
-    note = f"below the diagonal: learned weight; above: {distance} to the student"
-    ax = _heat(weights, names, ("", note, "edge weight"), ax, WEIGHTS)
-    for (a, b), edge in pairs.items():
-        text = _number(edge["distance"])
-        ax.text(names.index(b), names.index(a), text, fontsize=6, **_CENTRED)
+    note = f"on an edge: learned weight, {distance} to the student"
+    _finish_graph(ax, at, Normalize(0, heaviest), False, note)
     return ax
 
 
@@ -234,21 +225,19 @@ def _heat(
     matrix: Any, labels: Names, about: Names, ax: Place, cmap: Any = "cividis", digits: int = 2
 ) -> Axes:
     """Draw a matrix ``about`` rows, columns and values; of more than ``NAMED`` without numbers."""
-    ax, values = _axes(ax, 5.2, 4.2), _array(matrix).astype(float)
-    image = ax.imshow(values, cmap, aspect="auto", interpolation="nearest", vmin=0)
-    ax.figure.colorbar(image, ax=ax, shrink=0.8, label=about[2])
+    ax, frame = _axes(ax, 5.2, 4.2), pd.DataFrame(_array(matrix), list(labels), list(labels))
     few, step = len(labels) <= NAMED, 1 + (len(labels) - 1) // 30
-    for (row, column), value in np.ndenumerate(values):
-        if few and round(value, digits) > 0:
-            light = image.to_rgba(value)[1] > 0.45  # green: most of what the eye calls light
-            look = {"color": INK if light else "white", "fontsize": 6, **_CENTRED}
-            ax.text(column, row, _number(value, digits), **look)
-    turned: dict[str, Any] = {"rotation": 90}
-    if few:
-        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    at, named, size = range(0, len(labels), step), list(labels)[::step], 8 if few else 6
-    ax.set_yticks(at, named, fontsize=size)
-    ax.set_xticks(at, named, fontsize=size, **turned)
+    numbers = frame.map(lambda v: f"{v:.{digits}f}".lstrip("0") if round(v, digits) > 0 else "")
+    look = {"xticklabels": step, "yticklabels": step, "annot": numbers if few else None, "fmt": ""}
+    look |= {"annot_kws": {"fontsize": 6}, "cbar_kws": {"shrink": 0.8, "label": about[2]}}
+    sns.heatmap(frame, vmin=0, cmap=cmap, rasterized=True, ax=ax, **look)
+    shades = ax.collections[0].to_rgba(frame.to_numpy()[frame.notna()])
+    for text, shade in zip(ax.texts, shades, strict=few):
+        text.set_color(INK if shade[1] > 0.45 else "white")  # green: most of what the eye sees
+    size = 8 if few else 6
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
+    plt.setp(ax.get_xticklabels(), fontsize=size, **turned)
+    plt.setp(ax.get_yticklabels(), fontsize=size, rotation=0)
     ax.set(ylabel=about[0], xlabel=about[1])
     return ax
 
@@ -271,24 +260,21 @@ def plot_confusion(counts: Any, labels: Names, ax: Place = None) -> Axes:
     """Draw confusions ``[C, C]`` (rows: truth) as shares of a row; one without clips is empty."""
     counts = _array(counts).astype(float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    about = "true class", "predicted class", "share of the true class"
-    return _heat(shares, labels, about, ax)
+    return _heat(shares, labels, ("true class", "predicted class", "share of the true class"), ax)
 
 
-def _lines(x: np.ndarray, series: np.ndarray, names: Names, ax: Axes, shares: bool = False) -> Axes:
+def _lines(x: np.ndarray, series: np.ndarray, names: Names, ax: Axes) -> Axes:
     """Draw one line a name, thin unless it ends among the ``NAMED`` highest; name those."""
     last = [np.flatnonzero(np.isfinite(y))[-1] for y in series]
     ends = np.array([(x[at], y[at]) for y, at in zip(series, last, strict=True)])
     named = sorted(np.argsort(-ends[:, 1], kind="stable")[:NAMED].tolist())
     every = max(1, len(x) // 8)
     for k, y in enumerate(series):
-        look: dict[str, Any] = {"color": FAINT, "lw": 0.5, "zorder": 1}
+        look: dict[str, Any] = {"c": FAINT, "lw": 0.5, "zorder": 1}
         if k in named:
-            look = {"color": PALETTE[k % 6], "ls": LINES[k // 6 % 4], "marker": MARKERS[k % 11]}
+            look = _look(k) | {"ls": LINES[k // 6 % 4]}
         ax.plot(x, y, ms=4, markevery=(k % every, every), **look)
     ax.set(xlabel="epoch")
-    if shares:
-        ax.set_ylim(0, 1.06 * series.max())
     _name(ax, [str(names[k]) for k in named], ends[named], [PALETTE[k % 6] for k in named])
     return ax
 
@@ -299,8 +285,9 @@ def plot_edges_over_training(history: Any, names: Names, ax: Place = None) -> Ax
 
     Of more than ``NAMED`` edges those that end heaviest are named; the others are thin.
     """
-    history, uniform = _array(history), 1 / len(names)
-    ax = _lines(np.arange(len(history)), history.T, names, _axes(ax), shares=True)
+    history, uniform, ax = _array(history), 1 / len(names), _axes(ax)
+    ax.set_ylim(0, 1.06 * history.max())
+    _lines(np.arange(len(history)), history.T, names, ax)
     ax.axhline(uniform, color=FAINT, ls=":", lw=1.2)
     ax.set(xlabel="moment of the training", ylabel=f"edge weight (dotted: uniform, {uniform:.2g})")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -311,8 +298,8 @@ def plot_edges_over_training(history: Any, names: Names, ax: Place = None) -> Ax
 def plot_history(history: Sequence[Mapping[str, float]], keys: Names, ax: Place = None) -> Axes:
     """Draw the numbers ``keys`` of rows as trainings return them; missing ones leave a gap."""
     rows = pd.DataFrame(list(history))
-    rows = rows if "epoch" in rows else rows.assign(epoch=rows.index)
-    return _lines(rows["epoch"].to_numpy(), rows[list(keys)].to_numpy(float).T, keys, _axes(ax))
+    epochs = np.asarray(rows.get("epoch", rows.index))
+    return _lines(epochs, rows[list(keys)].to_numpy(float).T, keys, _axes(ax))
 
 
 @style()
@@ -327,8 +314,8 @@ def plot_embedding(points: Any, labels: Any, names: Names, ax: Place = None) -> 
     if (labels < 0).any():
         ax.scatter(*points[labels < 0].T, s=7, c="#bbbbbb", lw=0, label="unlabelled")
     for k, name in enumerate(names):
-        look = {"marker": MARKERS[k % 11], "c": PALETTE[k % 6], "ec": "white", "lw": 0.4}
-        ax.scatter(*points[labels == k].T, s=28 if few else 10, label=name, **look)
+        look = _look(k) | {"s": 28 if few else 10, "ec": "white", "lw": 0.4}
+        ax.scatter(*points[labels == k].T, label=name, **look)
     ax.set(xticks=[], yticks=[], xlabel="first coordinate", ylabel="second coordinate")
     if few:
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 13)
@@ -354,10 +341,18 @@ def embed(features: Any, seed: int = 0) -> np.ndarray:
     x = _array(features)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"umap|numba|pynndescent|sklearn")
-        import umap
+        from umap import UMAP
 
-        neighbours = min(15, len(x) - 1)
-        return umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(x)
+        return UMAP(min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
+
+
+def _models(results: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
+    """Return each model's name, first row and rows, in the order of first appearance."""
+    found = {}
+    for row in results.to_dict("records"):
+        found.setdefault((row["kind"], row["name"]), []).append(row)
+    role = {"teacher": "teacher: ", "student": ""}
+    return [(role[r[0]["kind"]] + r[0]["label"], r[0], pd.DataFrame(r)) for r in found.values()]
 
 
 @style()
@@ -369,19 +364,16 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
     """
     models = _models(results)
     ax = _axes(ax, 5.6, 0.8 + 0.24 * len(models))
-    for y, rows in enumerate(models):
-        model, values = rows.iloc[0], 100 * rows["accuracy"].to_numpy()
-        spread = values.std(ddof=1) if len(values) > 1 else 0.0
-        colour = PALETTE[model["colour"]]
-        look = {"fmt": model["marker"], "ms": 6, "mec": INK, "mew": 0.6, "capsize": 3, "zorder": 3}
-        ax.errorbar(values.mean(), y, xerr=spread, color=colour, **look)
-        ax.plot(values, np.full(len(values), y + 0.26), "|", color=colour, ms=6, zorder=2)
-        number = f"{values.mean():.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
+    for y, (name, model, rows) in enumerate(models):
+        values, look = 100 * rows["accuracy"], {"color": PALETTE[model["colour"]], "ms": 6}
+        bar = {"fmt": model["marker"], "mec": INK, "mew": 0.6, "capsize": 3, "zorder": 3}
+        ax.errorbar(values.mean(), y, xerr=values.std() if len(values) > 1 else 0, **look, **bar)
+        ax.plot(values, [y + 0.26] * len(values), "|", zorder=2, **look)
         beside = {"transform": ax.get_yaxis_transform(), "va": "center"}
         beside["fontweight"] = "bold" if model["headline"] else "normal"
         beside["fontstyle"] = "italic" if model["shuffled"] else "normal"
-        ax.text(-0.02, y, _full_name(model), ha="right", **beside)
-        ax.text(1.02, y, number, **beside)
+        ax.text(-0.02, y, name, ha="right", **beside)
+        ax.text(1.02, y, spread(rows["accuracy"]), **beside)
     if chance is not None:
         ax.axvline(100 * chance, color=FAINT, ls=":", lw=1)
         above = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
@@ -391,31 +383,18 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
     return ax
 
 
-def _models(results: pd.DataFrame) -> list[pd.DataFrame]:
-    """Return the rows of each model, in the order of first appearance."""
-    return [rows for _, rows in results.groupby(["kind", "name"], sort=False)]
-
-
-def _full_name(model: Any) -> str:
-    return f"teacher: {model['label']}" if model["kind"] == "teacher" else model["label"]
-
-
 @style()
-def plot_tradeoff(
-    results: pd.DataFrame,
-    x: Literal["latency_ms", "params", "gflops"] = "latency_ms",
-    ax: Place = None,
-) -> Axes:
+def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None) -> Axes:
     """Draw each model's mean accuracy against its cost, the column ``x``, on a log scale.
 
-    Other columns are :func:`plot_accuracy`'s. The cheaper half is named on the left.
+    ``x`` is latency_ms, params or gflops; other columns are :func:`plot_accuracy`'s. The cheaper
+    half is named on the left.
     """
-    ax, models = _axes(ax), _models(results)
-    points = np.array([(rows[x].mean(), 100 * rows["accuracy"].mean()) for rows in models])
-    firsts = [rows.iloc[0] for rows in models]
-    for point, model in zip(points, firsts, strict=True):
-        look = {"marker": model["marker"], "c": PALETTE[model["colour"]], "ec": INK, "lw": 0.6}
-        ax.scatter(*point, s=40, zorder=3, **look)
+    ax, (names, firsts, each) = _axes(ax), zip(*_models(results), strict=True)
+    points = np.array([(rows[x].mean(), 100 * rows["accuracy"].mean()) for rows in each])
+    colours = [PALETTE[model["colour"]] for model in firsts]
+    for point, model, colour in zip(points, firsts, colours, strict=True):
+        ax.scatter(*point, s=40, zorder=3, marker=model["marker"], c=colour, ec=INK, lw=0.6)
     costs = {"latency_ms": "latency, ms a clip", "params": "parameters", "gflops": "GFLOPs a clip"}
     ax.set(xscale="log", xlabel=costs[x], ylabel="top-1 accuracy, %")
     ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
@@ -424,30 +403,24 @@ def plot_tradeoff(
     ax.margins(0.9, 0.15)
     cheap = points[:, 0] <= np.sqrt(points[:, 0].min() * points[:, 0].max())
     for side, half in ((-1, np.flatnonzero(cheap)), (1, np.flatnonzero(~cheap))):
-        names = [_full_name(firsts[k]) for k in half]
-        _name(ax, names, points[half], [PALETTE[firsts[k]["colour"]] for k in half], side)
+        _name(ax, [names[k] for k in half], points[half], [colours[k] for k in half], side)
     return ax
 
 
 @style()
 def plot_filmstrip(
-    clips: Any,
-    titles: Names | None = None,
-    ax: Place = None,
-    *,
-    columns: Names | None = None,
-    every: int = 1,
+    clips: Any, titles: Names = (), ax: Place = None, *, columns: Names = (), every: int = 1
 ) -> Axes:
     """Draw every so many frames of n clips, a clip a row.
 
-    Clips are normalised floats ``[n, 3, t, h, w]``, (x - 0.5) / 0.25, or uint8 ``[n, t, h, w, 3]``,
-    or ``[t, h, w, 3]`` of one clip; ``columns`` are written over frames instead of their numbers.
+    Clips are normalised floats ``[n, 3, t, h, w]``, (x - 0.5) / 0.25, or uint8 ``[n, t, h, w, 3]``;
+    ``columns`` are written over frames instead of their numbers.
     """
     frames = _array(clips)
     if frames.dtype != np.uint8:
         unit = np.clip(frames.transpose(0, 2, 3, 4, 1) * 0.25 + 0.5, 0, 1)
         frames = (255 * unit).round().astype(np.uint8)
-    frames = frames.reshape(-1, *frames.shape[-4:])[:, ::every]
+    frames = frames[:, ::every]
     n, t, height, width = frames.shape[:4]
     ax = _axes(ax, 0.9 * t + 0.9, 0.9 * n + 0.3)
     gap = 1 + width // 24

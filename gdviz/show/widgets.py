@@ -1,7 +1,7 @@
 """Widgets: controls above a picture, thin shells over the graphs' functions and the plots.
 
-A widget *is* its pure method ``show(**values) -> (Figure, numbers)``; the rest, shared by all,
-connects it to controls. Every control has a name and answers to the keyboard.
+A widget *is* its method ``draw(axes, **values) -> numbers``; the rest, shared by all, connects it
+to controls. Every control has a name and answers to the keyboard.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 import ipywidgets as ipw
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 from jaxtyping import Float, Int, UInt8
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -32,18 +34,23 @@ Labels = Int[Tensor, " clips"]  # -1 where unknown
 Cost = Float[Tensor, "classes classes"]
 Features = Sequence[Float[Tensor, "clips _"]]  # of each teacher
 Names = Sequence[str]
-Shown = tuple[Figure, dict[str, float | str]]
+Panels = Sequence[Axes]
+Numbers = dict[str, float | str]
+ABOVE: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
 
 
 class Explorer:
     """Controls, a read-out and a picture that follow each other.
 
-    Subclasses define ``show``. What it raises is shown in place of the read-out and raised again:
+    Subclasses define ``draw``. What it raises is shown in place of the read-out and raised again:
     nothing fails in silence.
 
     Args:
-        controls: one ipywidget for each argument of ``show``; its description is its label.
+        controls: one ipywidget for each value of ``draw``; its description is its label.
     """
+
+    size = 9.0, 3.6  # of the picture, in inches
+    panels = 2
 
     def __init__(self, **controls: Any) -> None:
         self.controls = controls
@@ -59,9 +66,17 @@ class Explorer:
             control.observe(self.refresh, "value")
         self.refresh()
 
-    def show(self, **values: Any) -> Shown:
-        """Return the picture and the read-out's numbers for these values of the controls."""
+    def draw(self, axes: Panels, **values: Any) -> Numbers:
+        """Draw for these values of the controls; return the read-out's numbers."""
         raise NotImplementedError
+
+    @plots.style()
+    def show(self, **values: Any) -> tuple[Figure, Numbers]:
+        """Return the picture for these values, unknown to pyplot, and the read-out's numbers."""
+        figure = Figure(figsize=self.size)
+        return figure, self.draw(
+            figure.subplots(1, self.panels, squeeze=False)[0].tolist(), **values
+        )
 
     @property
     def values(self) -> dict[str, Any]:
@@ -91,12 +106,6 @@ class Explorer:
         return (self.widget._repr_mimebundle_() or {}) | {"image/png": still}
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure that pyplot does not know of: nothing to close, nothing shown twice."""
-    figure = Figure(figsize=(width, height))
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
 def _choice(label: str, options: Names, value: str) -> ipw.ValueWidget:
     """Return buttons: JupyterLab takes the arrow keys of a drop-down list for its own."""
     look = {"style": {"button_width": "auto"}, "description": label}
@@ -120,10 +129,10 @@ class PlanExplorer(Explorer):
             temperature=ipw.FloatLogSlider(1, min=-0.3, max=1.3, description="temperature T"),
         )
 
-    @plots.style()
-    def show(
-        self, clip: int, first: str, second: str, eps: float, temperature: float = 1.0
-    ) -> Shown:
+    def draw(
+        self, axes: Panels, clip: int, first: str, second: str, eps: float, temperature: float
+    ) -> Numbers:
+        bars, heat = axes
         p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(-1)
         a, b = p[self.names.index(first)], p[self.names.index(second)]
         with warnings.catch_warnings():
@@ -133,18 +142,15 @@ class PlanExplorer(Explorer):
         plan, drawn = solved.plan(), torch.stack([a, b, consensus.distribution])
         heaviest = drawn.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
         labels = [str(self.class_names[c]) for c in heaviest.tolist()]
-        figure, (bars, heat) = _figure(9, 3.8, 2)
-        at = np.arange(len(labels))
-        looks = zip((first, second, "consensus of all"), ("", "////", "...."), drawn, strict=True)
-        for k, (name, hatch, q) in enumerate(looks):
-            look: dict[str, Any] = {"color": plots.PALETTE[k], "ec": "white", "hatch": hatch}
-            bars.barh(at + (k - 1) * 0.27, q[heaviest].numpy(), 0.27, label=name, **look)
-        bars.set(yticks=at, yticklabels=labels, xlabel="probability", xlim=(0, 1))
-        bars.set_ylim(len(at) - 0.4, -0.6)
-        bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        shown = pd.DataFrame(drawn.T[heaviest], labels, [first, second, "consensus of all"])
+        shown.plot.barh(ax=bars, width=0.81, ec="white", xlim=(0, 1), legend=False)
+        for container, hatch in zip(bars.containers, ("", "////", "...."), strict=True):
+            plt.setp(container, hatch=hatch)
+        bars.set(xlabel="probability", ylim=(len(labels) - 0.4, -0.6))
+        bars.legend(ncols=3, **ABOVE)
         plots.plot_plan(plan[heaviest][:, heaviest], labels, first, second, heat)
         converged = bool(solved.converged) and bool(consensus.converged)
-        return figure, {
+        return {
             "cost of the plan": float((plan * self.cost).sum()),
             "marginal error": float(solved.error),
             "converged": "yes" if converged else "no: raise eps",
@@ -157,12 +163,14 @@ class EdgeExplorer(Explorer):
     ``probs`` are out of fold; a hundred clips are plenty. ``names`` are the teachers'.
     """
 
+    size, panels = (6.0, 3.6), 1
+
     def __init__(self, probs: Probs, labels: Labels, names: Names, cost: Cost) -> None:
-        self.probs, self.labels, self.cost = probs, labels, cost
-        self.graph = LogitsGraph(names, cost)
+        self.probs, self.graph = probs, LogitsGraph(names, cost)
         # Evidence is linear in alpha: both ends of it are enough.
         self.agreement = graphs.evidence(probs, labels, cost, alpha=0.0)
         self.truth = graphs.evidence(probs, labels, cost, alpha=1.0)
+        self.prior = graphs.teacher_prior(probs, labels, cost)
         share = {"min": 0.0, "max": 1.0, "step": 0.05}
         super().__init__(
             eta=ipw.FloatLogSlider(0.1, min=-2, max=1, description="temperature eta"),
@@ -175,18 +183,15 @@ class EdgeExplorer(Explorer):
         self, eta: float, alpha: float, prior: float, floor: float
     ) -> Float[Tensor, "clips teachers"]:
         """Return ``softmax(prior log prior_k - c_nk / eta)`` with the floor, ``[N, K]``."""
-        c = alpha * self.truth + (1 - alpha) * self.agreement
-        log_prior = prior * graphs.teacher_prior(self.probs, self.labels, self.cost)
-        return graphs.closed_form(c, eta=eta, log_prior=log_prior, floor=floor)
+        c = torch.lerp(self.agreement, self.truth, alpha)
+        return graphs.closed_form(c, eta=eta, log_prior=prior * self.prior, floor=floor)
 
-    @plots.style()
-    def show(self, **values: float) -> Shown:
+    def draw(self, axes: Panels, **values: float) -> Numbers:
         weights = self.weights(**values)
-        figure, (ax,) = _figure(6, 3.6, 1)
         graph = self.graph.to_networkx(self.probs, weights.to(self.probs))
-        plots.plot_logits_graph(graph, ax, vmax=1.0)
+        plots.plot_logits_graph(graph, axes[0], vmax=1.0)
         mean, effective = weights.mean(0), graphs.effective_number
-        return figure, {
+        return {
             "effective number of teachers": f"{float(effective(mean)):.2f} of {len(mean)}",
             "within a clip": f"{float(effective(weights).mean()):.2f}",
             "heaviest": f"{self.graph.teachers[int(mean.argmax())]} ({float(mean.max()):.2f})",
@@ -228,27 +233,25 @@ class BandwidthExplorer(Explorer):
         (gradient,) = torch.autograd.grad(value, h)
         return k.detach(), value.item(), gradient.norm().item()
 
-    @plots.style()
-    def show(self, first: str, second: str, multiple: float) -> Shown:
+    def draw(self, axes: Panels, first: str, second: str, multiple: float) -> Numbers:
+        left, right = axes
         pair = self.graph.teachers.index(first), self.graph.teachers.index(second)
         k, value, slope = self.mmd(pair, multiple)
-        figure, (left, right) = _figure(9, 3.4, 2)
         mask, bins = kernels.off_diagonal(k.shape[-1]), np.linspace(0, 1, 41)
         names = "teachers", "student", "teachers to student"
         for of, name, line in zip(k, names, plots.LINES[:3], strict=True):
             look = {"stat": "density", "element": "step", "fill": False, "lw": 1.6, "ls": line}
             sns.histplot(of[mask].numpy(), bins=bins, label=name, ax=left, **look)
         left.set(xlabel="kernel between two clips", ylabel="density", xlim=(0, 1))
-        left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        left.legend(ncols=3, **ABOVE)
         grid = np.geomspace(0.01, 100, 17)
         values, slopes = np.array([self.mmd(pair, m)[1:] for m in grid]).T
         right.plot(grid, values / abs(values).max(), "o-", ms=4, label="MMD² / its maximum")
         right.plot(grid, slopes / slopes.max(), "s--", ms=4, label="gradient norm / its maximum")
         right.axvline(multiple, color=plots.INK, lw=1)
         right.set(xscale="log", xlabel="bandwidth / median squared distance")
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-        across = float(k[2].mean())
-        return figure, {"MMD²": value, "gradient norm": slope, "mean kernel across": across}
+        right.legend(ncols=2, **ABOVE)
+        return {"MMD²": value, "gradient norm": slope, "mean kernel across": float(k[2].mean())}
 
 
 class SketchExplorer(Explorer):
@@ -272,10 +275,9 @@ class SketchExplorer(Explorer):
         gram = kernels.gram(sketch(self.vectors, [(0, 1)])[0])
         return gram, float((gram - self.exact).norm() / self.exact.norm())
 
-    @plots.style()
-    def show(self, size: float) -> Shown:
+    def draw(self, axes: Panels, size: float) -> Numbers:
+        left, right = axes
         gram, error = self.sketched(round(size))
-        figure, (left, right) = _figure(9, 3.6, 2)
         dots = {"ms": 3, "alpha": 0.5, "rasterized": True}
         left.plot(self.exact.flatten().numpy(), gram.flatten().numpy(), ".", **dots)
         left.axline((0, 0), slope=1, color=plots.INK, lw=1)
@@ -291,11 +293,13 @@ class SketchExplorer(Explorer):
         right.legend()
         outer = math.prod(v.shape[1] for v in self.vectors)
         numbers = f"{round(size)} (outer product: {outer})"
-        return figure, {"relative error": error, "numbers a clip": numbers}
+        return {"relative error": error, "numbers a clip": numbers}
 
 
 class MotionPlayer(Explorer):
     """Plays videos, frame by frame or by the clock."""
+
+    size, panels = (3.0, 3.0), 1
 
     def __init__(self, videos: UInt8[np.ndarray, "n f h w 3"], titles: Names) -> None:
         self.videos, self.titles = videos, titles
@@ -308,11 +312,8 @@ class MotionPlayer(Explorer):
         ipw.link((self.play, "value"), (self.controls["frame"], "value"))
         self.widget.children = (self.play, *self.widget.children)
 
-    @plots.style()
-    def show(self, clip: int, frame: int) -> Shown:
-        figure, (ax,) = _figure(3, 3, 1)
-        ax.imshow(self.videos[clip, frame], interpolation="nearest")
-        ax.set_title(self.titles[clip])
-        ax.axis("off")
-        of = f"{frame + 1} of {self.videos.shape[1]}"
-        return figure, {"clip": self.titles[clip], "frame": of}
+    def draw(self, axes: Panels, clip: int, frame: int) -> Numbers:
+        axes[0].imshow(self.videos[clip, frame], interpolation="nearest")
+        axes[0].set_title(self.titles[clip])
+        axes[0].axis("off")
+        return {"clip": self.titles[clip], "frame": f"{frame + 1} of {self.videos.shape[1]}"}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from gdviz.core.files import load_json
 from gdviz.experiment.tables import _chance, _scaled, evaluation, gains, spread, table
 from gdviz.teachers.bank import calibration_temperature
 
@@ -15,6 +16,10 @@ def test_the_table_holds_every_result(finished):
         (line,) = [line for line in text.splitlines() if f"{row.kind}: {row.name} " in line]
         assert line.split()[-1] == f"{100 * row.accuracy:.1f}"
     assert "baseline: metadata" in text and "times smaller" in text
+    summary = load_json(finished.folder / "summary.json")
+    (low, high), ratio = summary["ratio"]["latency_ms_quartiles"], summary["ratio"]["latency_ms"]
+    assert 0 < low <= ratio <= high
+    assert f"{ratio:.1f} times faster (quartiles {low:.1f} and {high:.1f})" in text
 
 
 def test_spread_and_gains_are_over_seeds():

@@ -66,10 +66,11 @@ def _closed(monkeypatch):
 def test_every_figure_of_any_number_of_teachers_keeps_its_texts_on_the_page(teachers, classes):
     look = look_of(teachers, classes)
     for name, draw in figures.FIGURES.items():
-        figure = draw(look)
-        if figure is None:
+        ax = draw(look)
+        if ax is None:
             assert (name, teachers) == ("transport_plan", 1)
             continue
+        figure = ax.figure
         assert figure.get_figwidth() <= 7, "text would be too small at the width of a page"
         figure.draw_without_rendering()
         texts = [t for t in figure.findobj(mpl.text.Text) if t.get_text() and t.get_visible()]
@@ -84,16 +85,16 @@ def test_every_figure_of_any_number_of_teachers_keeps_its_texts_on_the_page(teac
 def test_figures_show_the_run_s_numbers():
     look = look_of(3, 4)
     weights = look.graphs.edges.teachers[-1][look.test].mean(0)
-    texts = [t.get_text() for t in figures.FIGURES["logits_graph"](look).axes[0].texts]
+    texts = [t.get_text() for t in figures.FIGURES["logits_graph"](look).figure.axes[0].texts]
     assert texts[:3] == [f"teacher {k}  {w:.2f}" for k, w in enumerate(weights.tolist())]
-    plan = figures.FIGURES["transport_plan"](look).axes[0]
+    plan = figures.FIGURES["transport_plan"](look).figure.axes[0]
     heavy = {f"teacher {k}" for k in weights.topk(2).indices.tolist()}
     assert {plan.get_ylabel(), plan.get_xlabel()} == heavy
-    above, below = figures.FIGURES["edge_weights"](look).axes
+    above, below = figures.FIGURES["edge_weights"](look).figure.axes
     known = look.graphs.edges.teachers[:, look.videos.training_rows].mean(1)
     np.testing.assert_allclose(above.lines[0].get_ydata(), known[:, 0])
     np.testing.assert_allclose(below.lines[0].get_ydata(), look.graphs.edges.pairs[:, 0])
-    time, size = figures.FIGURES["tradeoff"](look).axes
+    time, size = figures.FIGURES["tradeoff"](look).figure.axes
     points = np.concatenate([c.get_offsets() for c in size.collections])
     np.testing.assert_allclose(points, [*((36e4, 51 + k) for k in range(3)), (4e4, 54), (4e4, 55)])
     assert (time.get_xlabel(), size.get_xlabel()) == ("latency, ms a clip", "parameters")

@@ -164,13 +164,13 @@ def test_representation_graph_has_an_edge_a_pair_with_weight_and_distance(teache
 def test_of_many_teachers_pairs_are_a_matrix_of_weights_and_distances(teachers):
     graph = representation_graph(teachers)
     ax = plots.plot_representation_graph(graph)
-    shown = ax.images[0].get_array().filled(np.nan)
+    shown = ax.collections[0].get_array().filled(np.nan)
     written = [(t.get_text(), t.get_position()) for t in ax.texts]
     for _, node, edge in graph.edges("student", data=True):
         i, j = (TEACHERS.index(name) for name in graph.nodes[node]["teachers"])
         assert shown[j, i] == pytest.approx(edge["weight"])
         assert np.isnan(shown[i, j])
-        assert (f"{edge['distance']:.2f}"[1:], (j, i)) in written
+        assert (f"{edge['distance']:.2f}"[1:], (j + 0.5, i + 0.5)) in written
     assert [t.get_text() for t in ax.get_xticklabels()] == TEACHERS[:teachers]
     assert_apart(ax)
 
@@ -183,9 +183,10 @@ def test_matrices_show_numbers_of_few_classes_and_names_that_can_be_read(classes
     names = [f"a long name {i}" for i in range(classes)]
     values = np.random.default_rng(0).dirichlet(np.ones(classes), classes) / classes
     ax = plots.plot_plan(torch.tensor(values), names, "order", "pace")
-    np.testing.assert_allclose(ax.images[0].get_array(), values)
+    np.testing.assert_allclose(ax.collections[0].get_array(), values)
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("order", "pace")
-    assert len(ax.texts) == ((values.round(2) > 0).sum() if classes <= plots.NAMED else 0)
+    numbers = [t.get_text() for t in ax.texts if t.get_text()]
+    assert len(numbers) == ((values.round(2) > 0).sum() if classes <= plots.NAMED else 0)
     ax.figure.draw_without_rendering()
     labels = ax.get_yticklabels()
     assert labels[0].get_text() == names[0]
@@ -196,12 +197,12 @@ def test_matrices_show_numbers_of_few_classes_and_names_that_can_be_read(classes
 
 def test_confusion_is_in_shares_of_the_true_class_and_costs_have_one_digit():
     ax = plots.plot_confusion(torch.tensor([[3, 1], [0, 0]]), CLASSES[:2])
-    np.testing.assert_allclose(ax.images[0].get_array(), [[0.75, 0.25], [0, 0]])
-    assert {t.get_text() for t in ax.texts} == {".75", ".25"}
-    dark, light = (t.get_color() for t in ax.texts)
-    assert (dark, light) == (plots.INK, "white")  # each against its own ground
+    np.testing.assert_allclose(ax.collections[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert [t.get_text() for t in ax.texts] == [".75", ".25", "", ""]
+    dark, light = (linear(t.get_color()).mean() for t in ax.texts[:2])
+    assert dark < 0.1 and light == 1  # each against its own ground
     cost = plots.plot_cost(torch.tensor([[0.0, 10.04], [0.96, 0.0]]), CLASSES[:2])
-    assert {t.get_text() for t in cost.texts} == {"10.0", "1.0"}
+    assert [t.get_text() for t in cost.texts] == ["", "10.0", "1.0", ""]
 
 
 # lines and dots
@@ -339,7 +340,7 @@ def test_filmstrip_undoes_the_normalisation_and_puts_frames_in_rows():
         assert (shown[8] == 255).all()
         assert [t.get_text() for t in ax.get_yticklabels()] == ["left", "right"]
         assert [t.get_text() for t in ax.get_xticklabels()] == ["frame 0", "2", "4"]
-    one = plots.plot_filmstrip(frames[0], columns=list("abcdef"))
+    one = plots.plot_filmstrip(frames[:1], columns=list("abcdef"))
     assert [t.get_text() for t in one.get_xticklabels()] == list("abcdef")
 
 

@@ -109,10 +109,10 @@ def test_show_is_pure(made, name):
 
 
 class Fragile(widgets.Explorer):
-    def show(self, x):
+    def draw(self, axes, x):
         if x > 2:
             raise ValueError("x <b>too</b> large")
-        return Figure(), {"x": x}
+        return {"x": x}
 
 
 def test_an_error_in_a_handler_is_raised_and_shown_then_forgotten():
@@ -129,15 +129,21 @@ def test_an_error_in_a_handler_is_raised_and_shown_then_forgotten():
         Fragile(x=ipywidgets.IntSlider(4, 0, 5, description="x"))
 
 
+def plan(explorer, *values):
+    """Show the plan explorer at a clip, two teachers, eps and a temperature of 1."""
+    names = "clip", "first", "second", "eps"
+    return explorer.show(**dict(zip(names, values, strict=True)), temperature=1.0)
+
+
 def test_plan_of_a_teacher_to_itself_costs_nothing_and_more_eps_costs_more(made):
     def cost(eps):
-        return made["plan"].show(2, "order", "coherence", eps)[1]["cost of the plan"]
+        return plan(made["plan"], 2, "order", "coherence", eps)[1]["cost of the plan"]
 
     costs = [cost(eps) for eps in (0.02, 0.2, 1.0)]
     p, q = made["plan"].probs[2, 0], made["plan"].probs[2, 1]
     assert costs == sorted(costs)
     assert costs[0] == pytest.approx(0.5 * float((p - q).abs().sum()), rel=0.02)
-    same = made["plan"].show(2, "order", "order", 0.02)[1]
+    same = plan(made["plan"], 2, "order", "order", 0.02)[1]
     assert same["cost of the plan"] < 1e-3
     assert same["marginal error"] < 1e-5
     assert same["converged"] == "yes"
@@ -149,7 +155,7 @@ def test_a_solver_that_gave_up_is_told_without_a_warning(made, monkeypatch):
     monkeypatch.setattr(widgets.graphs, "sinkhorn", lambda *a, **k: solve(*a, **k, **weak))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        numbers = made["plan"].show(1, "order", "registration", 0.01)[1]
+        numbers = plan(made["plan"], 1, "order", "registration", 0.01)[1]
     assert numbers["converged"] == "no: raise eps"
 
 
@@ -157,14 +163,14 @@ def test_of_many_classes_the_plan_shows_the_heaviest():
     many = cast(classes=60)
     names = [f"class {c}" for c in range(60)]
     explorer = widgets.PlanExplorer(many["probs"], NAMES, names, many["cost"])
-    bars, heat, _ = explorer.show(0, "order", "coherence", 0.1)[0].axes
+    bars, heat, _ = plan(explorer, 0, "order", "coherence", 0.1)[0].axes
     shown = [t.get_text() for t in bars.get_yticklabels()]
     assert shown == [t.get_text() for t in heat.get_yticklabels()] == sorted(shown, key=names.index)
     assert len(shown) == plots.NAMED
     assert names[int(many["probs"][0, :2].sum(0).argmax())] in shown
     at = [names.index(name) for name in shown]
-    plan = graphs.sinkhorn(*many["probs"][0, :2], many["cost"], eps=0.1).plan()
-    np.testing.assert_allclose(heat.images[0].get_array(), plan[at][:, at], atol=1e-6)
+    whole = graphs.sinkhorn(*many["probs"][0, :2], many["cost"], eps=0.1).plan()
+    np.testing.assert_allclose(heat.collections[0].get_array(), whole[at][:, at], atol=1e-6)
 
 
 def test_edges_agree_with_the_default_policy_and_span_the_effective_number(made):
