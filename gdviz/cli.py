@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-USAGE = """usage: gdviz run [--profile smoke|workshop|paper] [--data DIR] [--out DIR] [options]
+USAGE = """usage: gdviz run [--profile NAME] [--data DIR] [--out DIR] [options]
                                           teachers, both graphs and students: a table and figures
+       gdviz experiment PLAN --out DIR    a plan's settings on several draws of the data
+       gdviz report DIR                   means, intervals and contrasts of an experiment
        gdviz evaluate RUN                 linear probe, retrieval, calibration, accuracy by class
        gdviz figures RUN [--out DIR]      draw the figures of a finished run again
        gdviz data check DIR [options]     what is there of a data set, what cannot be read
 
 gdviz COMMAND --help lists a command's options."""
-COMMANDS = ("run", "evaluate", "figures", "data")
+COMMANDS = ("run", "experiment", "report", "evaluate", "figures", "data")
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from gdviz.core.processes import Stopped, WorkerDied
 from gdviz.data.listing import read_folder
 from gdviz.data.official import SOURCES, describe, read_official, save_list
 from gdviz.data.verified import verified
-from gdviz.experiment import steps
+from gdviz.experiment import grid, steps
 from gdviz.experiment.folder import Run, default_folder, open_run
+from gdviz.experiment.report import report
 from gdviz.experiment.tables import evaluation, table
 from gdviz.show.figures import draw_figures
 
@@ -67,22 +68,25 @@ def _device(name: str) -> str:
     return name
 
 
+def _workers(count: int, device: str) -> int:
+    if count < 0:
+        raise UserError(f"--workers {count}: needs 0 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return count or (1 if device != "cpu" else cores or 1)
+
+
 def _run(words: list[str]) -> None:
     profile, rest = _profile(words)
     args = tyro.cli(RunArguments, prog="gdviz run", default=RunArguments(profile), args=rest)
     if args.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: is not installed; pip install 'gdviz[tensorboard]'")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: needs 0 or more")
     distributed.start(cpu=args.device == "cpu" or not torch.cuda.is_available())
     if args.cluster and distributed.world() > 1:
         raise UserError("--cluster: hands out whole trainings, `torchrun` shares one: choose one")
     # A machine of a cluster has its own device, and a working directory of its own.
     device = args.device if args.cluster else _device(args.device)
     whole = Path.resolve if args.cluster else Path
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    workers = args.workers or (1 if device != "cpu" else cores)
+    workers = _workers(args.workers, device)
     folder = args.out or default_folder(args.settings, args.data)
     data, cache = args.data and whole(args.data), whole(args.cache)
     run = Run(args.settings, whole(folder), data, cache, device, args.tensorboard)
@@ -93,6 +97,42 @@ def _run(words: list[str]) -> None:
     for path in draw_figures(run, folder / "figures"):
         if path.suffix == ".png":
             print(path)
+
+
+def _experiment(
+    plan: tyro.conf.Positional[Path],
+    out: Path,
+    cache: Path = Path("data"),
+    workers: int = 0,
+    cluster: str = "",
+    device: str = "auto",
+    dry: bool = False,
+) -> None:
+    """Run a plan's settings on every draw of the data; started again, it goes on.
+
+    Args:
+        plan: a TOML file (docs/experiments.md)
+        out: folder of the experiment
+        cache: where decoded videos (and the embedded data) are kept
+        workers: processes, each of which does whole runs; 0: one a core on a CPU, one on a GPU
+        cluster: address of a Dask scheduler, whose machines do the runs instead (docs/scale.md)
+        device: cpu, cuda, cuda:1, mps, or auto
+        dry: check the plan, say what it holds, and stop
+    """
+    read = grid.read_plan(plan)
+    for name, profile in read.settings.items() if dry else ():
+        each = f"{len(profile.teachers.tasks)} teachers and {len(profile.methods)} students"
+        print(f"{name}: {len(read.draws)} draws of {each}")
+    if not dry:
+        where = device if cluster else _device(device)
+        by = Cluster(cluster) if cluster else _workers(workers, where)
+        grid.execute(read, out.resolve(), cache.resolve(), where, by)
+        print(report(out))
+
+
+def _report(folder: tyro.conf.Positional[Path]) -> None:
+    """Write and print means, intervals and contrasts of an experiment."""
+    print(report(folder))
 
 
 def _figures(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
@@ -177,7 +217,13 @@ def execute(command: str, words: list[str]) -> None:
             return
         if command == "data":
             command, words = " ".join(["data", *words[:1]]), words[1:]
-        commands = {"evaluate": _evaluate, "figures": _figures, "data check": _check}
+        commands = {
+            "experiment": _experiment,
+            "report": _report,
+            "evaluate": _evaluate,
+            "figures": _figures,
+            "data check": _check,
+        }
         if command not in commands:
             raise UserError(f"{command}: unknown; there is `gdviz data check DIR`")
         tyro.cli(commands[command], prog=f"gdviz {command}", args=words)

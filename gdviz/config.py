@@ -54,6 +54,11 @@ class MotionData:
     size: Size = 64  # side of a video, in pixels
     frames: Several = 24  # frames of a video
     seed: Seed = 2018
+    # looks that videos have in turn, which no label tells: plain, noise, snow, pan
+    domains: tuple[str, ...] = ("plain",)
+    speed: Positive = 1.0  # factor on how fast things move
+    # motions that no label names: their test videos are probed for retrieval instead
+    unnamed: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,9 @@ class Schedule:
 class Teachers:
     """Pre-training and fitting of the teachers."""
 
-    # pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own (docs/own.md)
+    # pretext tasks, one teacher each; MODULE:NAME: a task or a network of your own (docs/own.md);
+    # TASK@HOME: trained on videos of its own, of a domain of the embedded data, or of a folder or
+    # list with the same classes
     tasks: tuple[str, ...] = ("order", "coherence", "registration", "prediction")
     # each teacher sees time at its own scale: kept frames from one frame of a clip to the next
     strides: tuple[Count, ...] = (2, 2, 1, 2)
@@ -103,6 +110,11 @@ class Teachers:
     fit: Schedule = Schedule(epochs=32, batch=16, lr=5e-3)  # fitting on the labelled part
     # cross-fitting folds: a labelled clip is judged by a teacher that has not seen its label
     folds: Several = 3
+    home_labelled: Several = 12  # labelled videos per class of a home in the embedded data
+    home_unlabelled: Natural = 30  # unlabelled videos per class of such a home
+    # a control: two more teachers, one that says the same of every clip and one that says the next
+    # class of what the last teacher says
+    impostors: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,9 @@ class Edges:
     # how much the gate is held to its prior, what the labels say of each teacher on average
     rho: Weight = 1.0
     alpha: Share = 0.5  # share of the label-based term in a labelled clip's evidence
+    # routing: evidence is averaged over so many components of the teachers' joint feature space; 0:
+    # clip by clip, by the gate
+    components: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +197,31 @@ def _profiles() -> dict[str, Profile]:
             "tiny32n", replace(student, weight_decay=0.02), labelled_batch=16
         ),
     )
-    return {"smoke": smoke, "workshop": workshop, "paper": paper}
+    # Four networks, each at home in one look of videos; the student's are of all four.
+    specialists = Profile(
+        motion=MotionData(test=48, size=24, domains=("plain", "noise", "snow", "pan"), speed=1.6),
+        teachers=Teachers(
+            tasks=("registration@plain", "contrast@noise", "prediction@snow", "registration@pan"),
+            strides=(1, 2, 2, 1),
+            pretrain=Schedule(epochs=16, batch=32, min_steps=20),
+        ),
+        distillation=Distillation("tiny8m", temperature=0.5, edges=Edges(components=16)),
+        seeds=(0,),
+    )
+    # Motions that no label names: where the representation graph must show its worth.
+    unnamed = replace(
+        smoke,
+        motion=MotionData(unnamed=4),
+        distillation=replace(smoke.distillation, representation_scale=2.0),
+        seeds=(0,),
+    )
+    return {
+        "specialists": specialists,
+        "unnamed": unnamed,
+        "smoke": smoke,
+        "workshop": workshop,
+        "paper": paper,
+    }
 
 
 PROFILES = _profiles()

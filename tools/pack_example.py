@@ -30,7 +30,7 @@ from gdviz.core.files import (
 from gdviz.data.motion import CLASSES, make_motion, read_index
 from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run, open_run, save_results
-from gdviz.student.edges import Edges, save_graphs
+from gdviz.student.edges import save_graphs
 from gdviz.teachers.bank import Readout, save_readout
 
 KEPT = {"train": 240, "unlabelled": 120, "test": 300}  # videos of each part, at most
@@ -70,7 +70,7 @@ def _pack_students(run: Run, out: Run, rows: Tensor, seed: int) -> None:
 def _pack_graphs(run: Run, out: Run, rows: Tensor, seed: int) -> None:
     graphs = run.graphs(seed)
     edges = graphs.edges
-    thin = Edges(edges.teachers[:, rows], edges.consensus[:, rows], edges.pairs)
+    thin = replace(edges, teachers=edges.teachers[:, rows], consensus=edges.consensus[:, rows])
     folder = out.graphs_folder(seed)
     save_graphs(folder / "graphs.safetensors", replace(graphs, edges=thin))
     save_json(folder / "result.json", load_json(run.graphs_folder(seed) / "result.json"))

@@ -13,9 +13,15 @@ from typing import Any
 from gdviz.core.files import UserError
 
 
+def split_home(name: str) -> tuple[str, str]:
+    """Return the task and the home of TASK@HOME; the home is empty where none is given."""
+    task, _, home = name.partition("@")
+    return task, home
+
+
 def folder_name(name: str) -> str:
     """Return a name as a folder's: MODULE:NAME becomes MODULE.NAME."""
-    return re.sub(r"[^\w.+-]", ".", name)
+    return re.sub(r"[^\w.+@-]", ".", name)
 
 
 def resolve(name: str, known: Mapping[str, Any], what: str) -> Any:

@@ -25,6 +25,7 @@ SPLIT_NAMES = {  # of folders and in lists
     "train": "train", "training": "train", "test": "test", "testing": "test",
     "val": "val", "valid": "val", "validation": "val",
     "unlabelled": "unlabelled", "unlabeled": "unlabelled",
+    "probe": "probe",  # neither trained nor tested on: features are probed there
 }  # fmt: skip
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin", "lost+found"}  # and what begins with a dot
 CACHE_TAG = "CACHEDIR.TAG"  # marks folders of made files (bford.info/cachedir)

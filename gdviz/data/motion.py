@@ -5,6 +5,9 @@ quantity that a motion changes is *cyclic* and starts uniformly distributed: pos
 orientation on a circle, size on a Shepard scale (two nested copies, half an octave apart, fade in
 and out). So the law of any single frame is the same for all classes: no frame tells the class,
 by construction; ``gdviz.experiment.metrics.shortcut_baselines`` measures it.
+
+Videos may be of several *domains*: looks that say nothing of the class, drawn in turn.
+``index.csv`` notes them for audits, and nothing is trained on them.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ MOTIONS = {
     "swing": ("x", 0), "bob": ("y", 0), "wobble": ("turn", 0), "pulse": ("size", 0),
 }  # fmt: skip
 CLASSES = tuple(MOTIONS)
+DOMAINS = ("plain", "noise", "snow", "pan")
+PAN = 0.10  # half pictures a frame
 STEP = {"x": 0.075, "y": 0.075, "turn": 0.28, "size": 0.08}  # a frame, at speed 1
 VERSION = 3  # raise when the renderer changes: sets made by the old one are then made again
 
@@ -78,10 +83,12 @@ class _Texture:
         return waves.real.reshape(frames, size, size, 3) + self.base.astype(np.float32)
 
 
-def _travel(label: int, time: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _travel(
+    label: int, time: np.ndarray, rng: np.random.Generator, speed: float
+) -> dict[str, np.ndarray]:
     """Return how far each quantity has moved, at each time."""
     moving, way = MOTIONS[CLASSES[label]]
-    speed = math.exp(rng.uniform(math.log(0.5), math.log(1.6)))
+    speed *= math.exp(rng.uniform(math.log(0.5), math.log(1.6)))
     period, start = rng.uniform(8, 14), rng.uniform(0, 2 * math.pi)
     # To and fro at the same mean speed: a sine of that period sweeps four amplitudes a period.
     travel = way * time if way else period / 4 * np.sin(2 * math.pi * time / period + start)
@@ -89,28 +96,44 @@ def _travel(label: int, time: np.ndarray, rng: np.random.Generator) -> dict[str,
 
 
 def render(
-    label: int, seed: int, *, size: int = 64, frames: int = 24
+    label: int,
+    seed: int,
+    *,
+    size: int = 64,
+    frames: int = 24,
+    speed: float = 1.0,
+    domain: str = "plain",
 ) -> UInt8[np.ndarray, "{frames} {size} {size} 3"]:
-    """Draw a video of class ``CLASSES[label]``; ``seed`` draws everything but the class."""
+    """Draw a video of class ``CLASSES[label]``; ``seed`` draws everything but the class.
+
+    Args:
+        label: the motion.
+        seed: of shape, textures, place and speed.
+        size, frames: of the video.
+        speed: factor on the speed of motions.
+        domain: of ``DOMAINS``. ``noise``: normal, of deviation .22, in every pixel and frame;
+            ``snow``: 25 bright flakes fall; ``pan``: the camera moves sideways.
+    """
     rng = np.random.default_rng([seed, 20180713])
     time = np.arange(frames)
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     shake_x, shake_y = rng.normal(scale=0.02, size=(2, frames))
     drift, drift_speed = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.03)
+    pan = PAN * time * (domain == "pan")
     image = _Texture.draw(rng, 6, 3, contrast=0.10, tone=(0.15, 0.75)).paint(
-        axis + (shake_x + drift_speed * math.cos(drift) * time)[:, None],
+        axis + (pan + shake_x + drift_speed * math.cos(drift) * time)[:, None],
         axis + (shake_y + drift_speed * math.sin(drift) * time)[:, None],
         np.zeros(frames),
         np.ones(frames),
     )
-    path = _travel(label, time, rng)
+    path = _travel(label, time, rng, speed)
     px, py = rng.uniform(-1, 1) + path["x"], rng.uniform(-1, 1) + path["y"]
     turn, phase = rng.uniform(0, 2 * math.pi) + path["turn"], rng.uniform() + path["size"]
     lobes = rng.uniform(0.5, 1.5, 3) * (0.10, 0.30, 0.10)
     lobes = lobes * np.exp(1j * rng.uniform(0, 2 * math.pi, 3))
     skin = _Texture.draw(rng, 5, 2, contrast=0.30, tone=(0.25, 0.85))
     # The nearest image of the object on the torus: what leaves on one side enters on the other.
-    dx = (axis - (px + shake_x)[:, None] + 1) % 2 - 1  # (T, S)
+    dx = (axis - (px + shake_x - pan)[:, None] + 1) % 2 - 1  # (T, S)
     dy = (axis - (py + shake_y)[:, None] + 1) % 2 - 1
     levels = np.sort([phase % 1, (phase + 0.5) % 1], axis=0)[::-1]  # the larger copy lies behind
     for level in levels:
@@ -124,25 +147,51 @@ def render(
         alpha = np.sin(math.pi * level)[:, None, None] / (1 + np.exp(-softness))
         image = image + alpha[..., None] * (skin.paint(dx, dy, turn, scale) - image)
     image = image + rng.normal(scale=0.02, size=image.shape)
+    look = np.random.default_rng([seed, 77])
+    if domain == "noise":
+        image = image + look.normal(scale=0.22, size=image.shape)
+    if domain == "snow":
+        image = image + _snow(frames, size, look) * (1 - image)
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _snow(frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return how much white flakes cover of each pixel [T, S, S, 1]; the picture is a torus."""
+    start, speed = rng.uniform(0, size, (2, 25)), size / 24 * rng.uniform(1, 2.5, 25)
+    grid, covered = np.arange(size) + 0.5, []
+    for time in range(frames):
+        off_x = (grid - start[0][:, None] + size / 2) % size - size / 2  # (flakes, S)
+        off_y = (grid - (start[1] + speed * time)[:, None] + size / 2) % size - size / 2
+        width = 2 * (0.8 * size / 24) ** 2
+        along = np.exp(-(off_x**2) / width)[:, None, :]
+        covered.append((along * np.exp(-(off_y**2) / width)[:, :, None]).max(0))
+    return np.stack(covered)[..., None]
 
 
 def _plan(cfg: MotionData) -> list[dict[str, str]]:
     """Return a row for each video; the motion of an unlabelled one is for audits, and no label."""
     parts = {"train": cfg.labelled, "unlabelled": cfg.unlabelled, "test": cfg.test}
-    wanted = [(split, motion) for split, n in parts.items() for _ in range(n) for motion in CLASSES]
+    kinds = list(enumerate(CLASSES))
+    wanted = [(split, i, kind) for split, n in parts.items() for i in range(n) for kind in kinds]
+    unnamed = np.random.default_rng(cfg.seed).permutation(CLASSES)[: cfg.unnamed]
     rows = []
-    for seed, (split, motion) in enumerate(wanted, cfg.seed * 1_000_000):
-        label = "" if split == "unlabelled" else motion
+    for seed, (split, i, (number, motion)) in enumerate(wanted, cfg.seed * 1_000_000):
+        label = "" if split == "unlabelled" or motion in unnamed else motion
+        if split == "train" and not label:
+            continue
+        if split == "test" and not label:
+            split = "probe"
         folder = f"{split}/{label}".rstrip("/")
         row = {"path": f"{folder}/{seed:08d}.mp4", "label": label, "group": str(seed)}
-        rows.append(row | {"split": split, "motion": motion, "seed": str(seed)})
+        domain = cfg.domains[(i + number) % len(cfg.domains)]
+        rows.append(row | {"split": split, "motion": motion, "domain": domain, "seed": str(seed)})
     return rows
 
 
-def _write(row: dict[str, str], root: Path, size: int, frames: int) -> dict[str, str]:
-    path = root / row["path"]
-    encode(render(CLASSES.index(row["motion"]), int(row["seed"]), size=size, frames=frames), path)
+def _write(row: dict[str, str], root: Path, cfg: MotionData) -> dict[str, str]:
+    path, how = root / row["path"], {"speed": cfg.speed, "domain": row["domain"]}
+    label = CLASSES.index(row["motion"])
+    encode(render(label, int(row["seed"]), size=cfg.size, frames=cfg.frames, **how), path)
     return row | {"sha256": file_sha256(path), "bytes": str(path.stat().st_size)}
 
 
@@ -159,7 +208,7 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: Any = 1) -> Path:
             problem = f"{home}: {len(missing)} videos are gone, first {missing[0]}"
             raise UserError(f"{problem}; delete the folder to make it again")
         return home
-    work = partial(_write, root=home, size=cfg.size, frames=cfg.frames)
+    work = partial(_write, root=home, cfg=cfg)
     jobs = [(row,) for row in _plan(cfg)]
     rows = over_processes(work, jobs, workers, title="drawing videos", unit="video")
     mark_as_cache(home)
@@ -171,6 +220,6 @@ def make_motion(root: Path | str, cfg: MotionData, *, workers: Any = 1) -> Path:
 
 
 def read_index(home: Path) -> list[dict[str, str]]:
-    """Return the rows of a set's ``index.csv``: path, label, group, split, motion, seed, ..."""
+    """Return the rows of a set's ``index.csv``: path, label, group, split, motion, domain, ..."""
     with open(home / "index.csv", newline="") as file:
         return list(csv.DictReader(file))

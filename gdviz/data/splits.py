@@ -28,7 +28,8 @@ def split_by_group(
     _check_classes(videos, name)
     if any(video.split for video in videos):
         _check_given(videos, name)
-        return [v.split if v.split in ("train", "test") else "unlabelled" for v in videos]
+        kept = ("train", "test", "probe")
+        return [v.split if v.split in kept else "unlabelled" for v in videos]
     counts: Counts = defaultdict(Counter)
     for video in videos:
         if video.label:

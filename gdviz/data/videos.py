@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from gdviz.core.files import UserError, fingerprint
 from gdviz.data.cache import Cache, fill, open_cache
 from gdviz.data.clips import starts_and_strides
 from gdviz.data.listing import SPLITS, Video, mark_as_cache, read_list
-from gdviz.data.motion import make_motion
+from gdviz.data.motion import make_motion, read_index
 from gdviz.data.official import read_official
 from gdviz.data.splits import split_by_group
 from gdviz.data.verified import stat, verified
@@ -43,6 +43,7 @@ class VideoSet:
     metadata: Tensor  # (n, 5): frames, width, height, fps, bytes
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason)
     places: np.ndarray | None = None  # rows of ``pixels`` in use, when some videos were skipped
+    audit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of videos; never learned
 
     @classmethod
     def from_arrays(
@@ -163,7 +164,7 @@ def open_videos(
     metadata, skipped = open_cache(pixels)
     parts = _parts(videos, skipped, name, seed)
     keep = [i for i, part in enumerate(parts) if part]
-    label_of = {i: videos[i].label for i in keep if parts[i] != "unlabelled"}
+    label_of = {i: videos[i].label for i in keep if parts[i] in ("train", "test")}
     names = tuple(sorted(set(label_of.values())))
     listed = {video.label for video in videos if video.label and video.split != "unlabelled"}
     if lost := sorted(listed - set(names)):
@@ -196,9 +197,13 @@ def load_motion(
     cfg: MotionData, view: View, root: Path | str, *, storage: str = "memmap", workers: Any = 1
 ) -> VideoSet:
     """Open the embedded set: written as mp4 files under ``root`` if need be, then read back."""
-    videos = read_list(make_motion(root, cfg, workers=workers) / "index.csv")
-    cache = Path(root) / "cache"
-    return open_videos(videos, view, cache, name="motion", storage=storage, workers=workers)
+    home = make_motion(root, cfg, workers=workers)
+    cache, listed = Path(root) / "cache", read_list(home / "index.csv")
+    videos = open_videos(listed, view, cache, name="motion", storage=storage, workers=workers)
+    index = read_index(home)
+    kept = range(len(index)) if videos.places is None else videos.places
+    audit = {name: tuple(index[i][name] for i in kept) for name in ("motion", "domain")}
+    return replace(videos, audit=audit)
 
 
 def load_videos(

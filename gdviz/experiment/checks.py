@@ -90,6 +90,12 @@ def _naming(flag: str) -> Iterator[None]:
         raise UserError(f"{flag}: {str(error).splitlines()[0]}") from None
 
 
+def check_home(task: str, home: VideoSet, videos: VideoSet) -> None:
+    """Raise UserError where a teacher's own videos show other classes than the run's."""
+    if other := sorted(set(videos.label_names) ^ set(home.label_names)):
+        raise UserError(f"--teachers.tasks {task}: its home has other classes, {other[0]!r} is one")
+
+
 def stamp_own_teachers(profile: Profile, videos: VideoSet) -> dict[str, str]:
     """Return a fingerprint of each network of one's own; raise UserError if it does not fit."""
     stamps, classes = {}, len(videos.label_names)

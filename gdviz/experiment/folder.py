@@ -5,7 +5,7 @@
     skipped.csv       videos that could not be read, and why
     seedN/teachers/TASK/    teacher.safetensors, bank/, history.jsonl, result.json
     seedN/graphs/           graphs.safetensors (both graphs, their edges), result.json
-    seedN/graphs-shuffled/  those of the control
+    seedN/graphs-EDGES/     those of controls: shuffled, uniform, truth
     seedN/students/METHOD/  student.safetensors, outputs.safetensors, history.jsonl, result.json,
                             method.safetensors where a method has trained parameters of its own
     results.csv       one row a teacher and a student: what tables and figures are made of
@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from gdviz.config import Profile
 from gdviz.core.cluster import Cluster
 from gdviz.core.files import UserError, atomic, fingerprint, from_plain, load_json, plain, save_json
 from gdviz.core.loop import Bookkeeping
-from gdviz.core.names import folder_name
+from gdviz.core.names import folder_name, split_home
+from gdviz.data.motion import DOMAINS
 from gdviz.data.videos import VideoSet, load_motion, load_videos
 from gdviz.experiment.checks import stamp_own_teachers
 from gdviz.student.edges import Graphs, open_graphs
@@ -73,8 +74,8 @@ class Run:
     def teacher_folder(self, seed: int, task: str) -> Path:
         return self.folder / f"seed{seed}" / "teachers" / folder_name(task)
 
-    def graphs_folder(self, seed: int, shuffled: bool = False) -> Path:
-        return self.folder / f"seed{seed}" / ("graphs-shuffled" if shuffled else "graphs")
+    def graphs_folder(self, seed: int, edges: str = "learned") -> Path:
+        return self.folder / f"seed{seed}" / ("graphs" if edges == "learned" else f"graphs-{edges}")
 
     def student_folder(self, seed: int, method: str) -> Path:
         return self.folder / f"seed{seed}" / "students" / folder_name(method)
@@ -84,6 +85,22 @@ class Run:
         board = checkpoint.parent / "tensorboard" if self.tensorboard else None
         return Bookkeeping(checkpoint, progress, board)
 
+    def home(self, task: str, workers: Workers = 1) -> VideoSet | None:
+        """Open the videos that a teacher TASK@HOME is trained on; None: those of the run."""
+        profile, home = self.profile, split_home(task)[1]
+        if not home:
+            return None
+        how = {"storage": profile.storage, "workers": workers}
+        if home not in DOMAINS:
+            return load_videos(home, profile.view, self.cache / "cache", **how)
+        sizes = {
+            "labelled": profile.teachers.home_labelled,
+            "unlabelled": profile.teachers.home_unlabelled,
+        }
+        seed = 1_000_000 + 100 * profile.motion.seed + DOMAINS.index(home)
+        cfg = replace(profile.motion, domains=(home,), unnamed=0, test=1, seed=seed, **sizes)
+        return load_motion(cfg, profile.view, self.cache, **how)
+
     def bank(self, seed: int, videos: VideoSet, shuffled: bool = False) -> Bank:
         """Open what the finished teachers of a seed say."""
         readouts = {}
@@ -91,11 +108,12 @@ class Run:
             folder, view = self.teacher_folder(seed, task) / "bank", self.profile.view_of(task)
             readouts[task] = open_readout(folder, videos, view)
         bank = gather(readouts, videos)
+        bank = bank.with_impostors() if self.profile.teachers.impostors else bank
         return bank.shuffled(videos.training_rows, seed) if shuffled else bank
 
-    def graphs(self, seed: int, shuffled: bool = False) -> Graphs:
-        """Open both graphs of a seed."""
-        return open_graphs(self.graphs_folder(seed, shuffled) / "graphs.safetensors")
+    def graphs(self, seed: int, edges: str = "learned") -> Graphs:
+        """Open both graphs of a seed, with learned edges or those of a control."""
+        return open_graphs(self.graphs_folder(seed, edges) / "graphs.safetensors")
 
     def results(self) -> pd.DataFrame:
         """Return one row a finished teacher or student, in the order of the profile."""

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.model_selection import (
+    GridSearchCV,
+    StratifiedGroupKFold,
+    StratifiedShuffleSplit,
+    cross_val_score,
+)
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdviz.config import View
+from gdviz.core.names import split_home
 from gdviz.data.clips import to_float
 from gdviz.data.videos import VideoSet
 from gdviz.teachers.bank import device_of
@@ -66,6 +72,71 @@ def retrieval(
     near = torch.from_numpy(search.kneighbors(query, return_distance=False))
     hit = gallery_labels[near] == query_labels[:, None]  # (m, k)
     return {k: hit[:, :k].any(1).float().mean().item() for k in ks}
+
+
+def at_home(teachers: Sequence[str], videos: VideoSet) -> Float[Tensor, "n k"]:
+    """Return 1 where a teacher TASK@DOMAIN is at home, shared by all of that home; rows sum to 1.
+
+    Uniform where no teacher is. For audits and upper bounds: nothing else knows the domains.
+    """
+    homes = [split_home(name)[1] for name in teachers]
+    domains = videos.audit.get("domain", ("",) * len(videos.splits))
+    known = torch.tensor([[home == domain for home in homes] for domain in domains]).float()
+    known[known.sum(1) == 0] = 1
+    return known / known.sum(1, keepdim=True)
+
+
+def target_accuracy(
+    videos: VideoSet, probs: Float[Tensor, "n k c"], weights: Float[Tensor, "n k"]
+) -> float:
+    """Return how often the mixture ``sum_k w_nk p_nk`` is right on unlabelled videos, by audit."""
+    names = list(videos.label_names)
+    motion = videos.audit.get("motion", ())
+    rows = [i for i in videos.rows("unlabelled").tolist() if motion and motion[i] in names]
+    truth = torch.tensor([names.index(motion[i]) for i in rows])
+    mixture = (weights[rows, :, None] * probs[rows]).sum(1)
+    return accuracy(mixture, truth) if rows else float("nan")
+
+
+def audit(
+    videos: VideoSet, logits: Float[Tensor, "n c"], features: Float[Tensor, "n d"]
+) -> dict[str, float]:
+    """Return what the embedded set's audit tells of a network: one number a column.
+
+    ``accuracy: DOMAIN`` on test videos of that domain. On videos of motions that no label names:
+    ``unnamed R@1``, the share whose nearest neighbour by cosine among the others shows the same
+    motion, and ``unnamed probe``, few-shot accuracy (:func:`few_shot`).
+    """
+    test, domains = videos.rows("test"), videos.audit.get("domain", ())
+    found = {}
+    for domain in sorted({domains[i] for i in test} if domains else ()):
+        rows = [i for i in test.tolist() if domains[i] == domain]
+        found[f"accuracy: {domain}"] = accuracy(logits[rows], videos.labels[rows])
+    probe = videos.rows("probe")
+    if len(probe):
+        motions = [videos.audit["motion"][i] for i in probe]
+        codes = torch.tensor([sorted(set(motions)).index(m) for m in motions])
+        x = features[probe]
+        search = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute").fit(x)
+        near = torch.from_numpy(search.kneighbors(return_distance=False)[:, 0])
+        found["unnamed R@1"] = (codes[near] == codes).float().mean().item()
+        found["unnamed probe"] = few_shot(x, codes)
+    return found
+
+
+def few_shot(
+    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], shots: int = 5, episodes: int = 30
+) -> float:
+    """Return the accuracy of logistic regression (C = .1) on ``shots`` rows a class, others tested.
+
+    Features are standardised. Mean over episodes drawn by a fixed seed.
+    """
+    splitter = StratifiedShuffleSplit(
+        episodes, train_size=shots * len(labels.unique()), random_state=0
+    )
+    x = StandardScaler().fit_transform(features)
+    probe = LogisticRegression(C=0.1, max_iter=1000)
+    return float(cross_val_score(probe, x, labels.numpy(), cv=splitter).mean())
 
 
 def calibration_error(

@@ -16,11 +16,19 @@ from gdviz.core import distributed
 from gdviz.core.files import atomic, save_json, save_jsonl, save_tensors
 from gdviz.core.processes import over_processes
 from gdviz.data.videos import VideoSet
-from gdviz.experiment.checks import check_profile
+from gdviz.experiment.checks import check_home, check_profile
 from gdviz.experiment.folder import Run, Workers, claim_folder, environment, is_done, save_results
-from gdviz.experiment.metrics import accuracy, calibration_error, footprints, shortcut_baselines
+from gdviz.experiment.metrics import (
+    accuracy,
+    at_home,
+    audit,
+    calibration_error,
+    footprints,
+    shortcut_baselines,
+    target_accuracy,
+)
 from gdviz.student.distill import distill
-from gdviz.student.edges import Graphs, build_graphs, learn_edges, save_graphs
+from gdviz.student.edges import Graphs, build_graphs, fixed_edges, learn_edges, save_graphs
 from gdviz.student.family import build_student
 from gdviz.student.methods import find_method
 from gdviz.teachers.bank import is_read_out, predict
@@ -34,16 +42,22 @@ FILES = {  # of a step, beside its result, that later steps read
 }
 
 
+FIXED = ("uniform", "truth")  # edges that are not learned
+
+
 @cache
 def _videos(run: Run) -> VideoSet:
     """Open the set once a process: it is memory-mapped, but its index takes a moment to read."""
     return run.videos()
 
 
+_home = cache(Run.home)
+
+
 def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     """Pre-train, fit and read out one teacher; a network of your own is not pre-trained."""
     folder, videos, cfg = run.teacher_folder(seed, task), _videos(run), run.profile.teachers
-    view, backbone = run.profile.view_of(task), find_source(task)
+    view, backbone, home = run.profile.view_of(task), find_source(task), _home(run, task)
     row: dict[str, Any] = {"seed": seed, "kind": "teacher", "name": task, "label": task}
     row |= {"colour": 4, "marker": "s", "headline": False, "shuffled": False}
     history, state = [], {}
@@ -52,13 +66,13 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     else:
         keep = run.keep(folder / "pretrain.ckpt", f"{task}, seed {seed}" if bar else None)
         backbone, head, history = pretrain(
-            task, cfg, view, videos, seed=seed, device=run.where, keep=keep
+            task, cfg, view, home or videos, seed=seed, device=run.where, keep=keep
         )
         state = {f"task.{k}": v for k, v in head.state_dict().items()}
         state |= {f"pretrained.{k}": v for k, v in backbone.state_dict().items()}
         metric = str(head.metric)
         row |= {"pretext": metric, "pretext_score": history[-1][metric]}
-    model, readout = fit_teacher(backbone, videos, cfg, view, seed=seed, folder=folder)
+    model, readout = fit_teacher(backbone, videos, cfg, view, seed=seed, folder=folder, home=home)
     if not distributed.first():
         return
     test, labelled = videos.rows("test"), videos.rows("train")
@@ -67,25 +81,37 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     row["out_of_fold"] = accuracy(readout.at("logits", labelled), videos.labels[labelled])
     probs = torch.softmax(logits / readout.temperature, 1)
     row["calibration_error"] = calibration_error(probs, truth)
+    every = torch.arange(len(videos.splits))
+    row |= audit(videos, readout.at("logits", every), readout.at("features", every))
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
     save_tensors(folder / "teacher.safetensors", state)
     _finish(folder, history, row)
 
 
-def learn_graphs(run: Run, seed: int, shuffled: bool) -> None:
-    """Build both graphs and learn their edges; on one rank, since sharing would take longer."""
+def learn_graphs(run: Run, seed: int, edges: str) -> None:
+    """Build both graphs and their edges; on one rank, since sharing would take longer."""
     if not distributed.first():
         return
-    folder, videos, cfg = run.graphs_folder(seed, shuffled), _videos(run), run.profile.distillation
-    bank = run.bank(seed, videos, shuffled)
+    folder, videos, cfg = run.graphs_folder(seed, edges), _videos(run), run.profile.distillation
+    bank, rows = run.bank(seed, videos, edges == "shuffled"), videos.training_rows
     torch.manual_seed(seed)  # adapters are drawn, though students draw theirs anew
     dim = build_student(cfg.student, 1).backbone.dim
-    logits, representation = build_graphs(bank, videos.training_rows, cfg, dim)
-    edges = learn_edges(bank, logits, representation, cfg.edges, seed=seed)
-    save_graphs(folder / "graphs.safetensors", Graphs(logits, representation, edges))
-    teachers = edges.teachers[-1][videos.training_rows].mean(0).tolist()
-    pairs = dict(zip(representation.names, edges.pairs[-1].tolist(), strict=True))
-    row = {"teachers": dict(zip(bank.teachers, teachers, strict=True)), "pairs": pairs}
+    logits, representation = build_graphs(bank, rows, cfg, dim)
+    truth, equal = at_home(bank.teachers, videos), 1 / len(bank.teachers)
+    if edges in FIXED:
+        share = 0.98 if edges == "truth" else 0.0  # as in routing, every teacher stays heard
+        weights = share * truth + (1 - share) * equal
+        found = fixed_edges(bank, logits, weights, len(representation.pairs))
+    else:
+        found = learn_edges(bank, logits, representation, cfg.edges, seed=seed, rows=rows)
+    save_graphs(folder / "graphs.safetensors", Graphs(logits, representation, found))
+    weights = found.teachers[-1][rows]
+    pairs = dict(zip(representation.names, found.pairs[-1].tolist(), strict=True))
+    teachers = dict(zip(bank.teachers, weights.mean(0).tolist(), strict=True))
+    row: dict[str, Any] = {"teachers": teachers, "pairs": pairs}
+    if edges != "shuffled":
+        row["target"] = target_accuracy(videos, bank.probs(), found.teachers[-1])
+        row["at_home"] = float((weights * truth[rows]).sum(1).mean())
     save_json(folder / "result.json", row)
 
 
@@ -93,7 +119,7 @@ def train_student(run: Run, seed: int, name: str, bar: bool = False) -> None:
     """Train and test one student."""
     folder, videos, cfg = run.student_folder(seed, name), _videos(run), run.profile.distillation
     method, view = find_method(name, run.profile.teachers.tasks), run.profile.view
-    bank, graphs = run.bank(seed, videos, method.shuffled), run.graphs(seed, method.shuffled)
+    bank, graphs = run.bank(seed, videos, method.shuffled), run.graphs(seed, method.edges)
     keep = run.keep(folder / "student.ckpt", f"{name}, seed {seed}" if bar else None)
     student, history = distill(
         name, bank, graphs, videos, view, cfg, seed=seed, device=run.where, keep=keep
@@ -111,6 +137,7 @@ def train_student(run: Run, seed: int, name: str, bar: bool = False) -> None:
     row |= {"label": method.label or name, "colour": method.colour, "marker": method.marker}
     row |= {"headline": method.headline, "shuffled": method.shuffled}
     row["accuracy"] = accuracy(logits[test], videos.labels[test])
+    row |= audit(videos, logits, features)
     _finish(folder, history, row | student.method.notes)
 
 
@@ -122,7 +149,7 @@ def _finish(folder: Path, history: list[dict[str, float]], row: dict[str, Any]) 
         checkpoint.unlink(missing_ok=True)
 
 
-def _begin(run: Run, workers: Workers) -> VideoSet:
+def begin(run: Run, workers: Workers) -> VideoSet:
     """Claim the folder, read the videos, sweep, and note what the run is made on."""
     claim_folder(run)
     videos = run.videos(workers)
@@ -132,6 +159,9 @@ def _begin(run: Run, workers: Workers) -> VideoSet:
     for stale in run.folder.rglob("*.ckpt"):  # of what was finished just before a kill
         if (stale.parent / "result.json").exists():
             stale.unlink(missing_ok=True)
+    for task in run.profile.teachers.tasks:
+        if home := run.home(task, workers):
+            check_home(task, home, videos)
     save_json(run.folder / "environment.json", environment())
     source = {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()}
     save_json(run.folder / "source.json", source)
@@ -151,14 +181,14 @@ def execute(run: Run, *, workers: Workers) -> pd.DataFrame:
     """
     check_profile(run.profile)
     torch.set_flush_denormal(True)  # as workers do: unlikely classes have denormal potentials
-    videos = _begin(run, workers) if distributed.first() else None
+    videos = begin(run, workers) if distributed.first() else None
     workers = workers if distributed.world() == 1 else 1
     bar = workers == 1  # a bar of epochs below the bar of jobs
     tasks, methods = run.profile.teachers.tasks, run.profile.methods
-    controls = sorted({False, *(find_method(name, tasks).shuffled for name in methods)})
-    steps: list[tuple[str, Callable[..., None], Callable[..., Path], Sequence[str | bool]]] = [
+    kinds = sorted({"learned", *(find_method(name, tasks).edges for name in methods)})
+    steps: list[tuple[str, Callable[..., None], Callable[..., Path], Sequence[str]]] = [
         ("teachers", partial(train_teacher, run, bar=bar), run.teacher_folder, tasks),
-        ("graphs", partial(learn_graphs, run), run.graphs_folder, controls),
+        ("graphs", partial(learn_graphs, run), run.graphs_folder, kinds),
         ("students", partial(train_student, run, bar=bar), run.student_folder, methods),
     ]
     for title, work, folder, names in steps:

@@ -20,6 +20,7 @@ from gdviz.config import Edges as EdgesConfig
 from gdviz.core.files import load_tensors, meta_of, save_tensors
 from gdviz.graphs import LogitsGraph, RepresentationGraph
 from gdviz.graphs.costs import normalise_cost
+from gdviz.student.routing import route
 from gdviz.teachers.bank import Bank
 
 CLIPS_AT_ONCE = 2**16  # a consensus takes some ten float64 copies of what it is of
@@ -33,6 +34,7 @@ class Edges:
     teachers: Float[Tensor, "r n k"]
     consensus: Float[Tensor, "r n c"]
     pairs: Float[Tensor, "r e"]
+    temperatures: Float[Tensor, "r k"]  # of the teachers, calibrated under these weights
 
     def at(self, progress: float) -> int:
         """Return the moment in force when a share ``progress`` in [0, 1) of a training is done."""
@@ -79,34 +81,61 @@ def learn_edges(
     cfg: EdgesConfig,
     *,
     seed: int,
+    rows: Int[Tensor, " n"] | None = None,
 ) -> Edges:
     """Learn both graphs' edge weights (ours; docs/method.md).
 
     Teachers: ``w_n = floor(softmax(log gate_n - c_n / eta))``, the closed form of
     ``min_w <w, c_n> + eta KL(w || gate_n)``, with :func:`gdviz.graphs.evidence` ``c`` and a gate
     that starts at :func:`gdviz.graphs.teacher_prior` and takes ``cfg.gate_steps`` steps down the
-    mixture's cross-entropy from one moment to the next (:func:`gdviz.graphs.fit_gate`).
+    mixture's cross-entropy from one moment to the next (:func:`gdviz.graphs.fit_gate`). With
+    ``cfg.components`` they are those of :func:`gdviz.student.routing.route` on training ``rows``,
+    by default all.
 
     Pairs: ``v = floor(softmax(CKA / eta_pairs))``. The CKA with the labels' Gram matrix is taken
     within each fold (features of different folds live in different spaces) on a random half of
     its clips, and averaged over folds and over the moments so far.
     """
-    probs, softened, labels = bank.probs(), bank.probs(logits_graph.temperature), bank.labels
+    probs, labels = bank.probs(), bank.labels
     c = g.evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
     prior = g.teacher_prior(probs, labels, logits_graph.cost)
     gates = g.fit_gate(probs, labels, prior, rho=cfg.rho, steps=cfg.gate_steps, floor=cfg.floor)
+    gated = (
+        g.closed_form(c, eta=cfg.eta, log_prior=gate(probs).log().detach(), floor=cfg.floor)
+        for gate in gates
+    )
+    rows = torch.arange(len(labels)) if rows is None else rows
+    found = route(bank, rows, cfg.components, seed=seed) if cfg.components else gated
     rng = Generator().manual_seed(seed)
-    weights, consensus, pairs, agreement = [], [], [], []
-    for gate in islice(gates, cfg.refreshes):
+    weights, consensus, temperatures, pairs, agreement = [], [], [], [], []
+    for w in islice(found, cfg.refreshes):
         with torch.no_grad():
-            w = g.closed_form(c, eta=cfg.eta, log_prior=gate(probs).log(), floor=cfg.floor)
-            parts = zip(softened.split(CLIPS_AT_ONCE), w.split(CLIPS_AT_ONCE), strict=True)
             weights.append(w)
-            consensus.append(torch.cat([logits_graph.consensus(p, part) for p, part in parts]))
+            # Under weights that differ little from clip to clip teachers stay as calibrated.
+            t = bank.recalibrated(w) if cfg.components else torch.ones(len(bank.teachers))
+            temperatures.append(t)
+            consensus.append(_consensus(bank, logits_graph, w, t))
             agreement.append(_pair_agreement(bank, representation_graph, rng))
             mean = torch.stack(agreement).mean(0)
             pairs.append(g.closed_form(-mean, eta=cfg.eta_pairs, floor=cfg.floor))
-    return Edges(*map(torch.stack, (weights, consensus, pairs)))
+    return Edges(*map(torch.stack, (weights, consensus, pairs, temperatures)))
+
+
+def fixed_edges(
+    bank: Bank, logits_graph: LogitsGraph, weights: Float[Tensor, "n k"], pairs: int
+) -> Edges:
+    """Return edges of one moment with given weights over teachers, and equal ones over pairs."""
+    t = bank.recalibrated(weights)
+    consensus = _consensus(bank, logits_graph, weights, t)
+    return Edges(weights[None], consensus[None], torch.full((1, pairs), 1 / pairs), t[None])
+
+
+def _consensus(
+    bank: Bank, graph: LogitsGraph, weights: Float[Tensor, "n k"], t: Float[Tensor, " k"]
+) -> Float[Tensor, "n c"]:
+    probs = bank.probs(graph.temperature * t)
+    parts = zip(probs.split(CLIPS_AT_ONCE), weights.split(CLIPS_AT_ONCE), strict=True)
+    return torch.cat([graph.consensus(p, w) for p, w in parts])
 
 
 def _pair_agreement(bank: Bank, graph: RepresentationGraph, rng: Generator) -> Tensor:
@@ -143,4 +172,6 @@ def open_graphs(path: Path) -> Graphs:
     logits.load_state_dict(parts["logits"])
     representation = RepresentationGraph(**settings["representation"])
     representation.load_state_dict(parts["representation"])
-    return Graphs(logits, representation, Edges(**parts["edges"]))
+    moments, _, teachers = parts["edges"]["teachers"].shape
+    plain = {"temperatures": torch.ones(moments, teachers)}  # files from before there were any
+    return Graphs(logits, representation, Edges(**plain | parts["edges"]))

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from gdviz.config import Distillation
 from gdviz.core.files import UserError
 from gdviz.core.names import resolve
+from gdviz.graphs import sinkhorn
 from gdviz.student import losses
 from gdviz.student.edges import Edges, Graphs
 from gdviz.student.weighting import FOLLOW_STUDENT, POLICIES, Policy
@@ -72,6 +73,7 @@ class Method(nn.Module):
     marker: ClassVar[str] = "o"
     unlabelled: ClassVar[bool] = True  # False: every clip of a step is a labelled one
     headline: ClassVar[bool] = False  # True: tables compare all others with it
+    edges: ClassVar[str] = "learned"  # or those of a control: shuffled, uniform, truth
     shuffled: ClassVar[bool] = False  # True: learns from teachers dealt to wrong clips; must lose
     terms: ClassVar[tuple[str, ...]] = ()  # names of its losses
     ramped: ClassVar[tuple[str, ...]] = ()  # those that come in over the first fifth
@@ -92,9 +94,16 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def softened(self, batch: Batch, bank: Bank) -> Float[Tensor, "b k c"]:
-        """Return the teachers' probabilities at the temperature of distillation."""
+    def softened(
+        self, batch: Batch, bank: Bank, temperatures: Float[Tensor, " k"] | None = None
+    ) -> Float[Tensor, "b k c"]:
+        """Return the teachers' probabilities at the temperature of distillation.
+
+        ``temperatures`` divide each teacher's logits first: see :meth:`Bank.recalibrated`.
+        """
         logits = bank.logits_at(batch.rows, batch.clips)
+        if temperatures is not None:
+            logits = logits / temperatures[:, None]
         return batch.to(torch.softmax(logits / self.cfg.temperature, -1))
 
 
@@ -117,7 +126,7 @@ class ThroughLogitsGraph(Method):
         self.logits_graph = copy.deepcopy(setting.graphs.logits)
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        probs, at = self.softened(batch, bank), (moment, batch.rows)
+        probs, at = self.softened(batch, bank, edges.temperatures[moment]), (moment, batch.rows)
         weights, consensus = batch.to(edges.teachers[at]), batch.to(edges.consensus[at])
         return {"logits": self.logits_graph.loss(batch.logits, probs, weights, consensus)}
 
@@ -157,7 +166,19 @@ class Shuffled(ThroughBothGraphs):
     """The control: both graphs, with what the teachers say dealt to wrong clips."""
 
     label, colour, marker, headline = "shuffled teachers (control)", 2, "X", False
-    shuffled = True
+    edges, shuffled = "shuffled", True
+
+
+class UniformEdges(ThroughBothGraphs):
+    """Both graphs under equal edges."""
+
+    label, colour, headline, edges = "both graphs, equal edges", 4, False, "uniform"
+
+
+class TrueEdges(ThroughBothGraphs):
+    """Both graphs under edges to the teacher at home: an upper bound, by audit."""
+
+    label, colour, headline, edges = "both graphs, edges from the truth", 4, False, "truth"
 
 
 class KDByLearnedEdges(Method):
@@ -166,15 +187,27 @@ class KDByLearnedEdges(Method):
     label, terms = "learned edges (KD)", ("kd",)
 
     fixed: Float[Tensor, "n k"] | None = None  # other weights, known before the training
+    calibrated: Float[Tensor, " k"] | None = None  # temperatures under those
 
     def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
         """Return the teachers' weights ``[b, k]`` on these clips."""
         return (edges.teachers[moment] if self.fixed is None else self.fixed)[batch.rows]
 
+    def temperatures(self, edges: Edges, moment: int) -> Tensor | None:
+        """Return what divides each teacher's logits, where its weights were known before."""
+        return edges.temperatures[moment] if self.fixed is None else self.calibrated
+
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
         weights = batch.to(self.weights(batch, bank, edges, moment))
-        probs, temperature = self.softened(batch, bank), self.cfg.temperature
+        probs = self.softened(batch, bank, self.temperatures(edges, moment))
+        temperature = self.cfg.temperature
         return {"kd": losses.kd_loss(batch.logits, probs, weights, temperature)}
+
+
+class KDByTrueEdges(KDByLearnedEdges):
+    """Weights are on the teacher at home: an upper bound, by audit."""
+
+    label, edges = "edges from the truth (KD)", "truth"
 
 
 class KDByPolicy(KDByLearnedEdges):
@@ -187,6 +220,10 @@ class KDByPolicy(KDByLearnedEdges):
         super().__init__(setting)
         if not self.follows:
             self.fixed = type(self).policy(setting.bank.probs(), setting.bank.labels, None)
+            self.calibrated = setting.bank.recalibrated(self.fixed)
+
+    def temperatures(self, edges: Edges, moment: int) -> Tensor | None:
+        return self.calibrated
 
     def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
         if not self.follows:
@@ -281,6 +318,25 @@ class DKD(FromBest):
         return losses.decoupled_kd_loss(batch.logits, logits, labels, self.cfg.temperature)
 
 
+class WKD(FromBest):
+    """``T mean_n W(q_n, p_n)``: transport to the teacher (after WKD-L, Lv et al. 2024).
+
+    The ground cost is the logits graph's (ours; theirs is made of CKA between classes).
+    """
+
+    label, terms = "WKD (logits)", ("wkd",)
+    cost: Tensor
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.register_buffer("cost", setting.graphs.logits.cost.clone())
+
+    def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
+        t = self.cfg.temperature
+        q, p = (torch.softmax(x / t, -1) for x in (batch.logits.float(), logits))
+        return t * sinkhorn(q, p, self.cost, eps=self.cfg.eps).cost.mean()
+
+
 class DIST(FromBest):
     """Keep correlations within and between classes (Huang et al. 2022)."""
 
@@ -306,10 +362,14 @@ METHODS: dict[str, type[Method]] = {
     "crd": CRD,
     "dkd": DKD,
     "dist": DIST,
+    "wkd": WKD,
     "logits-graph": ThroughLogitsGraph,
     "representation-graph": ThroughRepresentationGraph,
     "both-graphs": ThroughBothGraphs,
     "both-shuffled": Shuffled,
+    "both-uniform": UniformEdges,
+    "both-truth": TrueEdges,
+    "kd-truth": KDByTrueEdges,
 }
 
 

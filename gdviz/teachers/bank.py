@@ -57,11 +57,19 @@ def predict(
     return logits, features
 
 
-def calibration_temperature(logits: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
-    """Return the t on a grid with the least cross-entropy of ``logits / t`` (Guo et al. 2017)."""
+def calibration_temperature(
+    logits: Float[Tensor, "n c"],
+    labels: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"] | None = None,
+) -> float:
+    """Return the t on a grid with the least cross-entropy of ``logits / t`` (Guo et al. 2017).
+
+    Rows count by ``weights``, by default alike.
+    """
     grid = torch.logspace(-2, 4, 121, base=2.0)
-    losses = torch.stack([cross_entropy(logits / t, labels) for t in grid])
-    return float(grid[losses.argmin()])
+    weights = torch.ones(len(labels)) if weights is None else weights
+    each = [cross_entropy(logits / t, labels, reduction="none") for t in grid]
+    return float(grid[(torch.stack(each) @ weights).argmin()])
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,13 @@ class Readout:
         parts: ``logits [m, v, c]``, ``features [m, v, d]``, ``fold [m]`` and ``held [h, v, d]``,
             whose row i is the i-th video of the part with a fold.
         temperature: what the logits are divided by to be calibrated.
+        home: ``[m, d]`` features of the unlabelled videos that the teacher was trained on, where
+            they are not those of the set.
     """
 
     parts: Sequence[dict[str, Tensor]]
     temperature: float = 1.0
+    home: Float[Tensor, "m d"] | None = None
 
     @property
     def fold(self) -> Int[Tensor, " n"]:
@@ -220,7 +231,9 @@ def open_readout(folder: Path, videos: VideoSet, view: View) -> Readout:
     parts = [files.load_tensors(file) for file in names]
     if other := [file.name for file in names if meta_of(file).get("stamp") != index["stamp"]]:
         raise UserError(f"{folder}: {', '.join(other)} of another teacher; {again}")
-    return Readout(parts, index["temperature"])
+    home = folder / "home.safetensors"
+    known = files.load_tensors(home)["features"] if home.exists() else None
+    return Readout(parts, index["temperature"], known)
 
 
 @dataclass(frozen=True)
@@ -239,9 +252,28 @@ class Bank:
         """Sizes of the teachers' features."""
         return [readout.parts[0]["features"].shape[-1] for readout in self.readouts]
 
-    def probs(self, temperature: float = 1.0) -> Float[Tensor, "n k c"]:
-        """Return ``softmax(logits / temperature)``."""
-        return torch.softmax(self.logits / temperature, dim=-1)
+    @property
+    def homes(self) -> tuple[Tensor | None, ...]:
+        """Features of the videos that each teacher was trained on, where it had its own."""
+        return tuple(readout.home for readout in self.readouts)
+
+    def probs(self, temperature: float | Float[Tensor, " k"] = 1.0) -> Float[Tensor, "n k c"]:
+        """Return ``softmax(logits / temperature)``; one for all teachers, or one each."""
+        each = torch.as_tensor(temperature).expand(len(self.teachers))
+        return torch.softmax(self.logits / each[:, None], dim=-1)
+
+    def recalibrated(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
+        """Return what divides each teacher's logits so that they are calibrated where it counts.
+
+        ``argmin_t sum_n w_nk CE(z_nk / t, y_n)`` over labelled videos: a specialist, unsure on the
+        whole, may be sure at home.
+        """
+        known = self.labels >= 0
+        if not bool(known.any()):
+            return torch.ones(len(self.teachers))
+        z, y, w = self.logits[known], self.labels[known], weights[known]
+        each = range(len(self.teachers))
+        return torch.tensor([calibration_temperature(z[:, k], y, w[:, k]) for k in each])
 
     def logits_at(self, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b k c"]:
         """Return calibrated logits of these videos, or of clip ``clips[i]`` of each."""
@@ -265,6 +297,19 @@ class Bank:
         order = torch.arange(len(self.labels))
         order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
         return replace(self, logits=self.logits[order], dealt=self._told(order))
+
+    def with_impostors(self) -> Bank:
+        """Return the bank with a constant teacher and a liar, who shifts the last one's classes."""
+        last, names = self.readouts[-1], ("logits", "features", "held")
+        own = self.logits[:, -1:]
+        lies = [part | {"logits": part["logits"].roll(1, -1)} for part in last.parts]
+        flat = [part | {n: torch.zeros_like(part[n]) for n in names} for part in last.parts]
+        return replace(
+            self,
+            teachers=(*self.teachers, "constant", "liar"),
+            readouts=(*self.readouts, Readout(flat), replace(last, parts=lies)),
+            logits=torch.cat([self.logits, 0 * own, own.roll(1, -1)], 1),
+        )
 
     def best_teacher(self) -> int:
         """Return which teacher is most often right out of fold: a choice without test labels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from gdviz.config import Schedule, Teachers, View
 from gdviz.core import distributed
-from gdviz.core.files import UserError
+from gdviz.core.files import UserError, save_tensors
 from gdviz.core.loop import Bookkeeping, train
 from gdviz.data.clips import augment, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.teachers.backbones import Backbone, build_backbone
-from gdviz.teachers.bank import Readout, device_of, read_out
+from gdviz.teachers.bank import Readout, device_of, predict, read_out
 from gdviz.teachers.own import OwnBackbone, build_classifier, find_source
 
 
@@ -121,13 +122,17 @@ def fit_teacher(
     *,
     seed: int,
     folder: Path | None = None,
+    home: VideoSet | None = None,
 ) -> tuple[nn.Module, Readout]:
     """Fit a teacher on the labelled part and read it out on every clip of every video.
 
     For labelled videos a copy answers that was fitted without the video's fold. In ``folder`` fits
     resume from ``fit-*.ckpt``, for the caller to remove, and the readout stays in ``bank/``; None
-    keeps it in memory.
+    keeps it in memory. With ``home`` the teacher is fitted on those videos instead: it has seen no
+    label of the set, and answers itself.
     """
+    if home is not None:
+        return _fit_at_home(backbone, videos, home, cfg, view, seed=seed, folder=folder)
     rows, fold = videos.rows("train"), torch.full((len(videos.splits),), -1)
     groups = [videos.groups[i] for i in rows]
     fold[rows] = folds_of(videos.labels[rows], groups, cfg.folds, seed)
@@ -137,6 +142,26 @@ def fit_teacher(
         part = rows[fold[rows] != number]
         models.append(fit(backbone, videos, part, view, cfg.fit, seed=seed, checkpoint=checkpoint))
     return models[0], read_out(models, fold, videos, view, folder and folder / "bank")
+
+
+def _fit_at_home(
+    backbone: Backbone,
+    videos: VideoSet,
+    home: VideoSet,
+    cfg: Teachers,
+    view: View,
+    *,
+    seed: int,
+    folder: Path | None,
+) -> tuple[nn.Module, Readout]:
+    own, checkpoint = home.rows("train"), folder and folder / "fit-0.ckpt"
+    model = fit(backbone, home, own, view, cfg.fit, seed=seed, checkpoint=checkpoint)
+    fold = torch.full((len(videos.splits),), -1).index_fill(0, videos.rows("train"), 0)
+    readout = read_out([model, model], fold, videos, view, folder and folder / "bank")
+    known = predict(model, home, home.rows("unlabelled"), view)[1].mean(1)
+    if folder and distributed.first():
+        save_tensors(folder / "bank" / "home.safetensors", {"features": known})
+    return model, replace(readout, home=known)
 
 
 def build_teacher(name: str, cfg: Teachers, classes: int) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gdviz.core.files import UserError
-from gdviz.core.names import resolve
+from gdviz.core.names import resolve, split_home
 from gdviz.teachers.backbones import Backbone, Classifier, Clips, Renormalise
 from gdviz.teachers.bank import device_of
 from gdviz.teachers.pretext import TASKS
@@ -204,7 +204,7 @@ def find_source(name: str) -> Callable[[int, int, int], Any] | OwnBackbone:
     Raises:
         UserError: there is no such thing, or it is something else.
     """
-    found = resolve(name, TASKS, "task")
+    found = resolve(split_home(name)[0], TASKS, "task")
     if isinstance(found, type) and hasattr(found, "views"):
         if lacking := [part for part in ("metric", "chance") if not hasattr(found, part)]:
             raise UserError(f"{name}: a pretext task needs {' and '.join(lacking)}, too")

@@ -127,3 +127,31 @@ def test_encoding_and_reading_lose_little(tmp_path):
     assert min(map(psnr, pixels, frames)) > 28
     assert (info.frames, info.width, info.height, info.fps) == (12, 64, 64, FPS)
     assert info.bytes == path.stat().st_size
+
+
+def test_domains_look_different_and_move_alike(tmp_path):
+    plain, *others = (
+        motion.render(0, 7, size=24, frames=6, domain=name).astype(float)
+        for name in ("plain", "noise", "snow", "pan")
+    )
+    noise, snow, pan = others
+    assert 30 < (noise - plain).std() < 60  # .22 of 255, clipped
+    brighter = snow - plain
+    assert brighter.min() >= -1 and 0.1 < (brighter > 20).mean() < 0.6
+    assert abs(pan[0] - plain[0]).max() <= 1 and abs(pan[5] - plain[5]).mean() > 5
+
+
+def test_domains_are_dealt_evenly_and_unnamed_motions_are_never_labelled(tmp_path):
+    cfg = MotionData(labelled=2, unlabelled=2, test=2, size=24, frames=4, unnamed=4)
+    cfg = replace(cfg, domains=("plain", "snow"))
+    view = View(size=24, frames=4, length=2)
+    videos = load_motion(cfg, view, tmp_path)
+    assert len(videos.label_names) == 8
+    count = {part: len(videos.rows(part)) for part in ("train", "unlabelled", "test", "probe")}
+    assert count == {"train": 16, "unlabelled": 24, "test": 16, "probe": 8}
+    unnamed = {videos.audit["motion"][i] for i in videos.rows("probe")}
+    assert len(unnamed) == 4 and not unnamed & set(videos.label_names)
+    assert unnamed <= {videos.audit["motion"][i] for i in videos.rows("unlabelled")}
+    assert all(Counter(videos.audit["domain"])[name] == 32 for name in ("plain", "snow"))
+    for i in videos.rows("test"):
+        assert videos.label_names[videos.labels[i]] == videos.audit["motion"][i]

@@ -82,7 +82,13 @@ def test_the_graphs_follow_the_moment(setting, batch):
     edges = setting.graphs.edges
     moments = len(edges.teachers)
     alone = torch.eye(2)[torch.arange(moments) % 2][:, None].expand_as(edges.teachers)
-    turned = replace(setting, graphs=replace(setting.graphs, edges=replace(edges, teachers=alone)))
+    turned = replace(
+        setting,
+        graphs=replace(
+            setting.graphs,
+            edges=replace(edges, teachers=alone, temperatures=torch.ones(moments, 2)),
+        ),
+    )
     method = find_method("kd-learned", NAMES)(turned)
     for moment in range(moments):
         single = find_method(f"kd-{NAMES[moment % 2]}", NAMES)(setting)

@@ -1,7 +1,7 @@
 """Self-supervised tasks by name. Write your own in a file of yours and name it MODULE:NAME."""
 
 from gdviz.teachers.pretext import choices, painting
-from gdviz.teachers.pretext.common import PretextTask
+from gdviz.teachers.pretext.common import NoTask, PretextTask
 from gdviz.teachers.pretext.registration import Registration
 
 TASKS: dict[str, type[PretextTask]] = {
@@ -14,4 +14,5 @@ TASKS: dict[str, type[PretextTask]] = {
     "rotation": choices.Rotation,
     "contrast": choices.Contrast,
     "masked": painting.MaskedVideo,
+    "none": NoTask,
 }

@@ -72,3 +72,17 @@ class PretextTask(nn.Module):
     def answer(self, features: Tensor) -> Tensor:
         """Return logits [n, c] of the answers."""
         return self.head(features)
+
+
+class NoTask(PretextTask):
+    """Leave the backbone as it was drawn: the control of pre-training. The loss is zero."""
+
+    metric, chance = "none", 0.0
+
+    def views(self, videos: Videos, rng: Generator) -> tuple[Tensor, Tensor]:
+        """Return nothing to look at."""
+        return videos.new_zeros(1), videos.new_zeros(1)
+
+    def forward(self, backbone: Backbone, clips: Tensor, target: Tensor) -> Scored:
+        loss = 0 * sum(p.sum() for p in backbone.parameters()) + clips.sum()
+        return loss, clips.sum()

@@ -1,0 +1,164 @@
+"""An experiment: a plan's settings, each run on every draw of the data; one table of all results.
+
+A plan is a small TOML file (docs/experiments.md): a profile, draws, methods, contrasts, and
+settings with what each changes in the profile.
+
+Every setting and draw is a run in OUT/SETTING/DRAW, and resumes as runs do. Teachers that an
+earlier setting has made for the same draw are taken from there.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, is_dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gdviz.config import PROFILES, Profile
+from gdviz.core.files import UserError, atomic, fingerprint, from_plain, load_json, plain, save_json
+from gdviz.core.names import folder_name
+from gdviz.core.processes import over_processes
+from gdviz.experiment import steps
+from gdviz.experiment.checks import check_profile
+from gdviz.experiment.folder import Run, Workers, is_done, save_results
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment runs, and which differences it was made for."""
+
+    draws: tuple[int, ...]
+    settings: dict[str, Profile]
+    contrasts: tuple[tuple[str, str], ...] = ()
+    measures: tuple[str, ...] = ("accuracy",)
+    data: Path | None = None  # None: the embedded data, drawn anew by each draw
+
+    def runs(self, out: Path, cache: Path, device: str) -> list[list[Run]]:
+        """Return the runs of each setting, one a draw."""
+
+        def run(name: str, profile: Profile, draw: int) -> Run:
+            motion = replace(profile.motion, seed=draw)
+            drawn = replace(profile, motion=motion, seeds=(draw,))
+            return Run(drawn, out / folder_name(name) / str(draw), self.data, cache, device)
+
+        return [[run(*setting, draw) for draw in self.draws] for setting in self.settings.items()]
+
+
+def _set(settings: Any, name: str, value: Any, where: str) -> Any:
+    """Return a dataclass with the field of a dotted name set."""
+    first, _, rest = name.replace("-", "_").partition(".")
+    if not is_dataclass(settings) or isinstance(settings, type) or not hasattr(settings, first):
+        raise UserError(f"{where}: the profile has no such field")
+    if rest:
+        return replace(settings, **{first: _set(getattr(settings, first), rest, value, where)})
+    try:
+        return from_plain(type(settings), plain(settings) | {first: value})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where} = {value!r}: {error}") from None
+
+
+def read_plan(file: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        UserError: it is no TOML, or names what does not exist; settings that cannot work.
+    """
+    try:
+        words = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{file}: {error}") from None
+    known = {"profile", "draws", "methods", "measures", "contrasts", "settings", "data"}
+    if unknown := set(words) - known:
+        raise UserError(f"{file}: unknown {min(unknown)!r}; a plan has {', '.join(sorted(known))}")
+    name = words.get("profile", "smoke")
+    if name not in PROFILES:
+        raise UserError(f"{file}: profile {name!r} is none of {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    if "methods" in words:
+        profile = replace(profile, methods=tuple(words["methods"]))
+    settings = {}
+    for setting, fields in words.get("settings", {"main": {}}).items():
+        changed = profile
+        for field, value in fields.items():
+            changed = _set(changed, field, value, f"{file}: settings.{setting}: {field}")
+        check_profile(changed)
+        settings[setting] = changed
+    draws, contrasts = words.get("draws"), words.get("contrasts", ())
+    if not (isinstance(draws, list) and draws and all(isinstance(d, int) for d in draws)):
+        raise UserError(f"{file}: draws: give numbers, one for each time that all is drawn anew")
+    data = file.parent / words["data"] if "data" in words else None
+    measures = tuple(words.get("measures", ("accuracy",)))
+    return Plan(tuple(draws), settings, tuple((a, b) for a, b in contrasts), measures, data)
+
+
+def _teachers_of(run: Run) -> str:
+    """Return a fingerprint of all that a teacher of a run depends on but its task."""
+    profile = run.profile
+    fitted = replace(profile.teachers, tasks=(), strides=(), impostors=False)
+    return fingerprint(profile.motion, profile.view, profile.storage, fitted, run.data)
+
+
+def _adopt(run: Run, earlier: list[Run]) -> None:
+    """Link finished teachers that an earlier run has made from the same videos and settings."""
+    (seed,) = run.profile.seeds
+    for other in earlier:
+        if _teachers_of(other) != _teachers_of(run):
+            continue
+        for task in set(run.profile.teachers.tasks) & set(other.profile.teachers.tasks):
+            folder, made = (r.teacher_folder(seed, task) for r in (run, other))
+            same = run.profile.view_of(task) == other.profile.view_of(task)
+            if same and is_done(made) and not folder.exists():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.symlink_to(os.path.relpath(made, folder.parent))
+
+
+def _one(run: Run, earlier: list[Run]) -> None:
+    """Do one run, in this process."""
+    steps.begin(run, 1)  # before anything lies in its folder
+    _adopt(run, earlier)
+    steps.execute(run, workers=1)
+
+
+def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -> pd.DataFrame:
+    """Do what is left of a plan; write and return its results.
+
+    ``results.csv`` (and ``results.parquet``, where pyarrow is installed) has one row a teacher and
+    a student, with the setting and the draw; ``edges.csv`` one row a setting, draw and kind of
+    edges: how often their mixture is right on unlabelled clips, and the weight at home.
+    """
+    save_json(out / "plan.json", {"contrasts": plan.contrasts, "measures": plan.measures})
+    settings = plan.runs(out, cache, device)
+    for name, runs, earlier in zip(plan.settings, settings, _before(settings), strict=True):
+        jobs = list(zip(runs, earlier, strict=True))
+        over_processes(_one, jobs, workers, title=name, unit="draw")
+    tables = [
+        run.results().assign(setting=name, draw=draw)
+        for name, runs in zip(plan.settings, settings, strict=True)
+        for draw, run in zip(plan.draws, runs, strict=True)
+    ]
+    results = pd.concat(tables, ignore_index=True)
+    save_results(out / "results.csv", results)
+    if find_spec("pyarrow"):
+        with atomic(out / "results.parquet") as temporary:
+            results.to_parquet(temporary, index=False)
+    edges = [
+        {"setting": name, "draw": draw, "edges": folder.name} | load_json(folder / "result.json")
+        for name, runs in zip(plan.settings, settings, strict=True)
+        for draw, run in zip(plan.draws, runs, strict=True)
+        for folder in sorted(run.folder.glob("seed*/graphs*"))
+    ]
+    columns = ["setting", "draw", "edges", "target", "at_home"]
+    save_results(out / "edges.csv", pd.DataFrame(edges).reindex(columns=columns))
+    return results
+
+
+def _before(settings: list[list[Run]]) -> list[list[list[Run]]]:
+    """Return, for each run, those of the same draw in earlier settings."""
+    return [
+        [[earlier[i] for earlier in settings[:n]] for i in range(len(runs))]
+        for n, runs in enumerate(settings)
+    ]

@@ -1,0 +1,136 @@
+"""Plans: read, refused by name, run once, resumed, and reported."""
+
+import os
+
+import pandas as pd
+import pytest
+
+from gdviz.config import PROFILES
+from gdviz.core.files import UserError
+from gdviz.experiment import grid
+from gdviz.experiment.report import latex, markdown, report, wide
+
+PLAN = """
+profile = "specialists"
+draws = [1, 2, 3]
+methods = ["kd-uniform", "both-graphs"]
+measures = ["accuracy"]
+contrasts = [["both-graphs", "kd-uniform"], ["both-graphs", "fewer/both-graphs"]]
+[settings.main]
+[settings.fewer]
+"distillation.edges.components" = 2
+"""
+SMALL = """
+"motion.labelled" = 2
+"motion.unlabelled" = 2
+"motion.test" = 1
+"teachers.tasks" = ["none@plain", "registration@noise"]
+"teachers.strides" = [2, 1]
+"teachers.home-labelled" = 2
+"teachers.home-unlabelled" = 1
+"teachers.backbone" = "tiny4"
+"teachers.pretrain" = {epochs = 1, min_steps = 1}
+"teachers.fit" = {epochs = 1, min_steps = 1}
+"distillation.student" = "tiny4"
+"distillation.schedule" = {epochs = 2, batch = 8, min_steps = 2}
+"distillation.labelled-batch" = 4
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    def write(text: str):
+        (tmp_path / "plan.toml").write_text(text)
+        return tmp_path / "plan.toml"
+
+    return write
+
+
+def test_a_plan_changes_its_profile_by_flags(plan):
+    read = grid.read_plan(plan(PLAN))
+    assert read.draws == (1, 2, 3) and list(read.settings) == ["main", "fewer"]
+    main, fewer = read.settings.values()
+    assert fewer.distillation.edges.components == 2
+    assert main.distillation == PROFILES["specialists"].distillation
+    assert main.methods == fewer.methods == ("kd-uniform", "both-graphs")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("draws = 3", "draws"),
+        ('profile = "none"', "profile 'none'"),
+        ("drawz = [1]", "drawz"),
+        ('draws = [1]\nmethods = ["nothing"]', "nothing"),
+        ('draws = [1]\n[settings.a]\n"view.width" = 3', "view.width"),
+        ('draws = [1]\n[settings.a]\n"view.stride" = -1', "stride"),
+        ("draws = [", "plan.toml"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_by_name(plan, line, said):
+    with pytest.raises(UserError, match=said):
+        grid.read_plan(plan(line))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    text = PLAN.replace("[1, 2, 3]", "[1]").replace("[settings.main]", "[settings.main]" + SMALL)
+    (folder / "plan.toml").write_text(text + SMALL)
+    read = grid.read_plan(folder / "plan.toml")
+    results = grid.execute(read, folder / "out", folder / "data", "cpu", 1)
+    return folder, read, results
+
+
+def test_all_is_run_and_told_in_one_table(made):
+    folder, _, results = made
+    counts = results.groupby(["setting", "kind"]).size()
+    assert counts.tolist() == [2, 2, 2, 2]
+    assert set(results["draw"]) == {1}
+    assert {"accuracy: plain", "accuracy: snow"} <= set(results)
+    edges = pd.read_csv(folder / "out" / "edges.csv")
+    assert edges["at_home"].between(0, 1).all() and len(edges) == 2
+
+
+def test_teachers_of_an_earlier_setting_are_taken_from_there(made):
+    folder, _, results = made
+    taken = folder / "out" / "fewer" / "1" / "seed1" / "teachers" / "none@plain"
+    assert os.path.islink(taken) and (taken / "result.json").exists()
+    teachers = results[results["kind"] == "teacher"].pivot(
+        index="name", columns="setting", values="accuracy"
+    )
+    assert (teachers["main"] == teachers["fewer"]).all()
+
+
+def test_a_finished_experiment_trains_nothing_again(made, monkeypatch):
+    folder, read, results = made
+    for step in ("train_teacher", "learn_graphs", "train_student"):
+        monkeypatch.setattr(grid.steps, step, lambda *_, **__: pytest.fail("trained again"))
+    again = grid.execute(read, folder / "out", folder / "data", "cpu", 1)
+    pd.testing.assert_frame_equal(again, results)
+
+
+def test_the_report_names_students_and_contrasts(made):
+    folder, *_ = made
+    text = report(folder / "out")
+    assert "fewer/both-graphs" in text and "both-graphs minus kd-uniform" in text
+    assert (folder / "out" / "tables.tex").read_text().count(r"\toprule") == 2
+    with pytest.raises(UserError, match="no finished experiment"):
+        report(folder)
+
+
+def test_tables_of_a_report():
+    table = pd.DataFrame({"a_b": ["1 %"]}, index=["x"])
+    assert markdown(table, "row") == "| row | a_b |\n| --- | --- |\n| x | 1 % |"
+    assert r"x & 1 \% \\" in latex(table, "row") and r"a\_b" in latex(table, "row")
+
+
+def test_students_of_other_settings_have_their_setting_s_name():
+    rows = [
+        {"kind": "student", "setting": s, "name": "m", "draw": d, "accuracy": a}
+        for s, d, a in (("one", 1, 0.5), ("one", 2, 0.6), ("two", 1, 0.7), ("two", 2, 0.8))
+    ]
+    assert wide(pd.DataFrame(rows), "accuracy").to_dict("list") == {
+        "m": [0.5, 0.6],
+        "two/m": [0.7, 0.8],
+    }
