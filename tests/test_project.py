@@ -20,7 +20,12 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Names that conda-forge spells in its own way; "-base" leaves out optional graphical parts.
 CONDA = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
-IMPORTED_AS = {"scikit-learn": "sklearn", "umap-learn": "umap", "pillow": "PIL"}
+IMPORTED_AS = {
+    "scikit-learn": "sklearn",
+    "umap-learn": "umap",
+    "decord2": "decord",
+    "pillow": "PIL",
+}
 ROOMS = ("config", "core", "graphs", "data", "teachers", "student", "experiment", "show")
 
 
@@ -48,7 +53,7 @@ def test_graphs_and_losses_are_pure_tensor_code():
     for file in [*(PACKAGE / "graphs").glob("*.py"), PACKAGE / "student/losses.py"]:
         ours = {name for name in imports(file) if name.startswith("gdviz")}
         assert all(name.startswith("gdviz.graphs") for name in ours), file
-        assert not imports(file) & {"pathlib", "os", "av", "PIL", "tqdm"}, file
+        assert not imports(file) & {"pathlib", "os", "av", "decord", "PIL", "tqdm"}, file
         assert not re.search(r"\bopen\(|\bprint\(", file.read_text()), file
 
 
@@ -76,8 +81,9 @@ def test_help_and_the_package_itself_import_nothing_heavy():
 def test_both_lists_of_dependencies_are_equal():
     wanted = {*PROJECT["dependencies"], *EXTRAS["video"], *EXTRAS["figures"], *EXTRAS["notebooks"]}
     wanted = {line for line in wanted if not line.startswith("gdviz[")}
+    wheels_only = {line for line in wanted if line.startswith("decord")}
     conda = {f"python{PROJECT['requires-python']}"}
-    for line in wanted:
+    for line in wanted - wheels_only:
         name, bound = re.fullmatch(r"([\w-]+)(>=[\d.]+)", line).groups()
         conda.add(CONDA.get(name, name) + bound)
     text = (REPO / "environment.yml").read_text()
@@ -86,7 +92,7 @@ def test_both_lists_of_dependencies_are_equal():
     listed = re.findall(r"^  - ([\w.>=-]+)$", text.partition("\ndependencies:")[2], re.M)
     assert set(listed) - {"pip"} == conda
     by_pip = set(re.findall(r"^      - (.+)$", text, re.M))
-    assert by_pip == {"-e ."}
+    assert by_pip == wheels_only | {"-e ."}
 
 
 def test_declared_dependencies_are_those_imported():

@@ -1,22 +1,24 @@
-"""Frames of a video file that equal FFmpeg's own full decode, or a reason why there are none.
+"""Frames out of a video file that equal FFmpeg's own full decode, or a reason why there are none.
 
 Containers lie about their length, decoders conceal damage, and seeking may land anywhere. So a file
-is decoded whole once (`verify`); later reading (`frames_of`) begins only at key frames from which
-decoding was then seen to give the same frames again.
+is decoded whole, once (`verify`), and later reading (`frames_of`) trusts only what was found then:
+PyAV begins at key frames from which decoding was seen to give the same frames again, and decord,
+which is faster far from them, reads what it was seen to read right.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import torch
 from av.container import InputContainer
@@ -27,15 +29,19 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+decord.logging.set_level(decord.logging.QUIET)
 EXTENSIONS = {
     ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
     ".mts", ".ogv", ".webm", ".wmv",
 }  # fmt: skip
-VERSION = 3  # raise when `verify` finds or refuses other things: files are then verified again
+Mark = namedtuple("Mark", "time key digest")  # what `verify` remembers of each frame
+VERSION = 2  # raise when `verify` finds or refuses other things: files are then verified again
 STRICT = {"err_detect": "explode"}  # FFmpeg raises where it would conceal damage
 CHECKED, APART = 4, 8  # frames compared after each seek; least distance between places to seek to
-
-Mark = tuple[int | None, int]  # time stamp and digest of a frame
+# Frames that PyAV decodes in vain before decord, slower to open and to convert, is faster.
+NEAR = 128
+# A PSNR of 45 dB: decord's frames equal PyAV's, or else differ by more than that in colour.
+FAR = 255**2 / 10**4.5
 
 
 class DamagedVideo(Exception):
@@ -52,7 +58,8 @@ class VideoInfo:
     fps: float  # on average
     bytes: int
     turns: int  # quarter turns, counter-clockwise, that make a frame upright
-    keys: list[list[int]]  # [frame number, time stamp]: where decoding may begin
+    by_decord: int  # frames, from the first on, left to decord: none, all, or all but the last
+    keys: tuple[tuple[int, int], ...]  # (frame number, time stamp): where PyAV may begin to decode
 
 
 @contextmanager
@@ -72,11 +79,11 @@ def _opened(path: Path | str) -> Iterator[tuple[InputContainer, av.VideoStream]]
 def _only_stream(container: InputContainer) -> av.VideoStream:
     cover = Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
+        raise DamagedVideo("no video stream")
     if len(streams) > 1:
         sizes = ", ".join(f"{stream.width} x {stream.height}" for stream in streams)
         raise DamagedVideo(f"{len(streams)} video streams ({sizes}): which one is meant?")
-    if not streams:
-        raise DamagedVideo("no video stream")
     if streams[0].codec_context is None:
         raise DamagedVideo("no decoder for it in this build of FFmpeg")
     return streams[0]
@@ -88,7 +95,128 @@ def _sound(frame: av.VideoFrame, number: int) -> av.VideoFrame:
     return frame
 
 
-def _all_frames(
+def _frames_from(
+    container: InputContainer, stream: av.VideoStream, start: int, time: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield numbered frames from a place of ``VideoInfo.keys`` on; frame 0 needs no seeking."""
+    if start:
+        container.seek(time, stream=stream)
+    number, seeking = start, start > 0
+    for frame in container.decode(stream):
+        if seeking and (frame.pts is None or frame.pts < time):
+            continue  # it leads the key frame, and needs what comes before
+        if seeking and frame.pts != time:
+            raise DamagedVideo(f"seeking to frame {start} ends elsewhere")
+        seeking = False
+        yield number, _sound(frame, number)
+        number += 1
+
+
+def _digest(frame: av.VideoFrame) -> int:
+    plane = frame.planes[0]
+    lines = np.frombuffer(bytes(plane), np.uint8).reshape(
+        -1, abs(plane.line_size)
+    )  # negative: bottom-up
+    return zlib.crc32(lines[: frame.height : 2, : frame.width].tobytes())  # without padding
+
+
+def _turns(frame: av.VideoFrame) -> int:
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return 0
+    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].astype(float)
+    if a * d - b * c <= 0 or frame.rotation % 90:
+        how = f"mirrored or turned by {frame.rotation} degrees"
+        raise DamagedVideo(f"is to be shown {how}, which only players do")
+    return frame.rotation // 90 % 4
+
+
+def _seeks_right(
+    container: InputContainer, stream: av.VideoStream, marks: list[Mark], start: int
+) -> bool:
+    """Return whether decoding from key frame ``start`` gives what the whole pass gave."""
+    try:
+        for number, frame in _frames_from(container, stream, start, marks[start].time):
+            if (frame.pts, _digest(frame)) != (marks[number].time, marks[number].digest):
+                return False
+            if number + 1 >= min(start + CHECKED, len(marks)):
+                return True
+    except (FFmpegError, DamagedVideo):
+        pass
+    return False
+
+
+def _keep(
+    sample: dict[int, tuple[int, av.VideoFrame]],
+    number: int,
+    frame: av.VideoFrame,
+    rng: np.random.Generator,
+) -> None:
+    """Keep the first frame, two at random, and the last two of a stream of unknown length."""
+    for slot in 1, 2:
+        if rng.random() * (number + 1) < 1:
+            sample[slot] = number, frame
+    sample.setdefault(0, (number, frame))
+    sample[3], sample[4] = sample.get(4, (number, frame)), (number, frame)
+
+
+def _keys(
+    container: InputContainer, stream: av.VideoStream, marks: list[Mark]
+) -> tuple[tuple[int, int], ...]:
+    """Return the key frames to seek to; none when one of them is not where it seems to be."""
+    times = [mark.time for mark in marks]
+    if None in times or any(b <= a for a, b in pairwise(times)):
+        return ()
+    keys: list[tuple[int, int]] = []
+    for start, mark in enumerate(marks):
+        if mark.key and start >= (keys[-1][0] if keys else 0) + APART:
+            if not _seeks_right(container, stream, marks, start):
+                return ()
+            keys.append((start, mark.time))
+    return tuple(keys)
+
+
+def _rgb(frame: av.VideoFrame, converter: VideoReformatter, turns: int) -> np.ndarray:
+    # One converter with one thread: forty times faster than `frame.to_ndarray`, the same pixels.
+    return np.rot90(converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), turns)
+
+
+def _open_by_decord(path: Path | str) -> decord.VideoReader:
+    # One thread, and to be dropped at once: an open decord reader decodes ahead without limit.
+    return decord.VideoReader(os.path.abspath(path), num_threads=1, fault_tol=1)
+
+
+def _decord_is_right(
+    path: Path | str, sample: dict[int, av.VideoFrame], marks: list[Mark], turns: int
+) -> bool:
+    """Return whether decord counts frames and key frames alike and gives the sampled frames."""
+    index, converter = sorted(sample), VideoReformatter()
+    try:
+        reader = _open_by_decord(path)
+        keys = [number for number, mark in enumerate(marks) if mark.key]
+        if len(reader) != len(marks) or list(reader.get_key_indices()) != keys:
+            return False  # it would seek to wrong places
+        for number, seen in zip(index, reader.get_batch(index).asnumpy(), strict=True):
+            true = _rgb(sample[number], converter, turns)
+            if seen.shape != true.shape or np.square(seen.astype(np.float32) - true).mean() > FAR:
+                return False
+    except decord.DECORDError:
+        return False
+    return True
+
+
+def _ends_early(path: Path | str) -> bool:
+    """Return whether an AVI file is shorter than it says."""
+    length, place = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        while (
+            file.seek(place) < length and file.read(4) == b"RIFF"
+        ):  # more than a gigabyte: several
+            place += 8 + int.from_bytes(file.read(4), "little")
+    return place > length
+
+
+def _decoded(
     path: Path | str, container: InputContainer, stream: av.VideoStream
 ) -> Iterator[av.VideoFrame]:
     """Yield all frames; raise DamagedVideo when one is corrupt, or some are missing."""
@@ -108,140 +236,107 @@ def _all_frames(
         raise DamagedVideo(f"cut off: {packets} of {promised} frames")
 
 
-def _ends_early(path: Path | str) -> bool:
-    """Return whether an AVI file is shorter than it says."""
-    length, place = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while place < length and file.read(4) == b"RIFF":  # several, if more than a gigabyte
-            place += 8 + int.from_bytes(file.read(4), "little")
-            file.seek(place)
-    return place > length
-
-
-def _frames_from(
-    container: InputContainer, stream: av.VideoStream, start: int, time: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield numbered frames from a place of ``VideoInfo.keys`` on; frame 0 needs no seeking."""
-    frames = container.decode(stream)
-    if start:
-        container.seek(time, stream=stream)
-        # What leads the key frame needs what comes before.
-        first = next((f for f in frames if f.pts is not None and f.pts >= time), None)
-        if first is None or first.pts != time:
-            raise DamagedVideo(f"seeking to frame {start} ends elsewhere")
-        yield start, _sound(first, start)
-        start += 1
-    for number, frame in enumerate(frames, start):
-        yield number, _sound(frame, number)
-
-
-def _keys(
-    container: InputContainer, stream: av.VideoStream, marks: list[Mark], starts: list[int]
-) -> list[list[int]]:
-    """Return the key frames to seek to; none if decoding from one of them gives other frames."""
-    times = [time for time, _ in marks if time is not None]
-    if len(times) < len(marks) or any(b <= a for a, b in pairwise(times)):
-        return []
-    keys: list[list[int]] = []
-    for start in starts:
-        if start >= (keys[-1][0] if keys else 0) + APART:
-            keys.append([start, times[start]])
-    try:
-        for key in keys:
-            again = islice(_frames_from(container, stream, *key), CHECKED)
-            found = [(frame.pts, _digest(frame)) for _, frame in again]
-            if found != marks[key[0] : key[0] + CHECKED]:
-                return []
-    except (FFmpegError, DamagedVideo):
-        return []
-    return keys
-
-
-def _digest(frame: av.VideoFrame) -> int:
-    plane = frame.planes[0]
-    lines = np.frombuffer(bytes(plane), np.uint8)
-    lines = lines.reshape(-1, abs(plane.line_size))  # negative: bottom-up
-    return zlib.crc32(lines[: frame.height : 2, : frame.width].tobytes())  # without padding
-
-
-def _turns(frame: av.VideoFrame) -> int:
-    side = frame.side_data.get("DISPLAYMATRIX")
-    if side is None:
-        return 0
-    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].astype(float)
-    if a * d - b * c <= 0 or frame.rotation % 90:
-        how = f"mirrored or turned by {frame.rotation} degrees"
-        raise DamagedVideo(f"is to be shown {how}, which only players do")
-    return frame.rotation // 90 % 4
-
-
 def verify(path: Path | str) -> VideoInfo:
-    """Decode the whole file once, and a little of it again from each key frame.
+    """Decode the whole file once, and a little of it again: by decord, and from each key frame.
 
-    Raise DamagedVideo where it is unreadable, truncated or corrupt, or has no video or two, frames
-    that differ in size, or frames that are to be shown mirrored.
+    Raises:
+        DamagedVideo: unreadable, truncated or corrupt; no video in it, or two; frames that differ
+            in size, or that are to be shown mirrored.
     """
-    marks: list[Mark] = []
-    starts, shape, turns = [], (0, 0), 0
+    marks, sample, rng = [], {}, np.random.default_rng(0)
+    shape, turns = (0, 0), 0
     with _opened(path) as (container, stream):
-        for number, frame in enumerate(_all_frames(path, container, stream)):
-            size = frame.width, frame.height
+        for number, frame in enumerate(_decoded(path, container, stream)):
+            size = (frame.width, frame.height)
             if not number:
                 shape, turns = size, _turns(frame)
             if size != shape:
                 differ = "frame {} is {} x {}, those before {} x {}".format(number, *size, *shape)
                 raise DamagedVideo(differ)
-            marks.append((frame.pts, _digest(frame)))
-            if frame.key_frame:
-                starts.append(number)
+            _keep(sample, number, frame, rng)
+            marks.append(Mark(frame.pts, frame.key_frame, _digest(frame)))
         if len(marks) < 2:
             raise DamagedVideo(f"{len(marks)} frame{'s' * (len(marks) != 1)} only: nothing moves")
-        fps, keys = float(stream.average_rate or 0), _keys(container, stream, marks, starts)
+        # decord's last frame of files with B-frames depends on timing.
+        trusted = len(marks) - bool(stream.codec_context.has_b_frames)
+        frames = {number: frame for number, frame in sample.values() if number < trusted}
+        by_decord = trusted if _decord_is_right(path, frames, marks, turns) else 0
+        fps, keys = float(stream.average_rate or 0), _keys(container, stream, marks)
     width, height = shape if turns % 2 == 0 else shape[::-1]
-    return VideoInfo(len(marks), width, height, fps, os.path.getsize(path), turns, keys)
+    length = Path(path).stat().st_size
+    return VideoInfo(len(marks), width, height, fps, length, turns, by_decord, keys)
 
 
 def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[np.ndarray]:
     """Yield the frames numbered ``index`` (rising), upright, uint8 [height, width, 3].
 
-    Raise DamagedVideo where the file is not what was verified, IndexError for a frame beyond it.
+    Raises:
+        DamagedVideo: the file is not what was verified.
+        IndexError: it has no such frame.
     """
-    wanted, converter = deque(index.tolist()), VideoReformatter()
-    if not wanted:
+    if not len(index):
         return
-    if not 0 <= wanted[0] <= wanted[-1] < info.frames:
-        raise IndexError(f"{path}: frames {wanted[0]} to {wanted[-1]} of {info.frames}")
+    if not 0 <= index[0] <= index[-1] < info.frames:
+        raise IndexError(f"{path}: frames {index[0]} to {index[-1]} of {info.frames}")
+    changed = "has changed since it was verified"
+    with suppress(OSError):  # a file that is gone is told of below
+        if Path(path).stat().st_size != info.bytes:
+            raise DamagedVideo(changed)
+    start = max((key for key in info.keys if key[0] <= index[0]), default=(0, 0))
+    far = index[-1] - start[0] > NEAR + 2 * len(index)
+    read = _by_decord if far and index[-1] < info.by_decord else _by_pyav
+    for pixels in read(path, index, start, info.turns):
+        if pixels.shape != (info.height, info.width, 3):
+            raise DamagedVideo(changed)
+        yield pixels
+
+
+def _by_decord(
+    path: Path | str, index: np.ndarray, start: tuple[int, int], turns: int
+) -> Iterator[np.ndarray]:
+    try:
+        yield from _open_by_decord(path).get_batch(index).asnumpy()
+    except decord.DECORDError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DamagedVideo(f"cannot be decoded any more (decord: {reason})") from error
+
+
+def _by_pyav(
+    path: Path | str, index: np.ndarray, start: tuple[int, int], turns: int
+) -> Iterator[np.ndarray]:
+    wanted, converter = deque(index.tolist()), VideoReformatter()
     with _opened(path) as (container, stream):
-        start = max((key for key in info.keys if key[0] <= wanted[0]), default=[0, 0])
-        same = container.size == info.bytes
-        for number, frame in _frames_from(container, stream, *start) if same else ():
-            if number != wanted[0]:
-                continue
-            # One converter of one thread: forty times faster than `to_ndarray`, the same pixels.
-            pixels = converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-            pixels = np.rot90(pixels, info.turns)
-            if pixels.shape != (info.height, info.width, 3):
-                break
+        for number, frame in _frames_from(container, stream, *start):
+            if number == wanted[0]:
+                pixels = _rgb(frame, converter, turns)
             while wanted and number == wanted[0]:
                 yield pixels
                 wanted.popleft()
             if not wanted:
                 return
-    raise DamagedVideo("has changed since it was verified")
+    raise DamagedVideo(f"ends before frame {wanted[0]}: it has changed since it was verified")
 
 
 def read_square(
     path: Path | str, frames: int, size: int, info: VideoInfo | None = None
 ) -> tuple[UInt8[Tensor, "f s s 3"], VideoInfo]:
-    """Read ``frames`` frames spread evenly over a video, resized to ``size`` x ``size`` pixels.
+    """Read ``frames`` frames spread evenly over a video, resized to a square.
 
-    A shorter video repeats some. The aspect ratio is not kept, so that the geometry of a crop tells
-    nothing. Without ``info``, which is what `verify` found, the file is verified first. Raise
-    DamagedVideo as `verify` does.
+    Args:
+        path: video file.
+        frames: how many to keep; a shorter video repeats some.
+        size: side in pixels; the aspect ratio is not kept, so that the geometry of a crop tells
+            nothing.
+        info: what `verify` found; without it the file is verified first.
+
+    Raises:
+        DamagedVideo: see `verify`.
     """
     info = info or verify(path)
     out = torch.empty(frames, size, size, 3, dtype=torch.uint8)
-    index = np.linspace(0, info.frames - 1, frames).round().astype(int)
+    # Of a longer video the last frame is left out where decord reads all but that.
+    last = ((info.frames > frames and info.by_decord) or info.frames) - 1
+    index = np.linspace(0, last, frames).round().astype(int)
     for row, pixels in zip(out, frames_of(path, index, info), strict=True):
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
         resized = interpolate(image, (size, size), mode="bilinear", antialias=True)

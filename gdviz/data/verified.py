@@ -47,8 +47,7 @@ def from_json(text: str) -> Any:
     known = json.loads(text)
     if isinstance(known, str):
         return known
-    known.pop("by_decord", None)  # in older caches
-    return VideoInfo(**known)
+    return VideoInfo(**known | {"keys": tuple(map(tuple, known["keys"]))})
 
 
 def _known_by(path: Path, stats: tuple[int, int]) -> tuple[Any, ...]:

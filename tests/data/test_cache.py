@@ -1,7 +1,6 @@
 """Caches of any kind give the frames of the plain one, are made again where they stood, and never
 of anything else."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -141,14 +140,6 @@ def test_a_damaged_shard_is_named(load, tmp_path, kind, file):
     damaged = rf"{found.pixels.folder.name} is damaged \(shard 1: .*delete it"
     with pytest.raises(UserError, match=damaged):
         found.batch(torch.tensor([3]))
-
-
-def test_older_transcodes_are_read(load, tmp_path):
-    found, rows = load("transcode"), torch.arange(9)
-    before = found.batch(rows)
-    for file in (tmp_path / "cache").rglob("0?.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"by_decord": 0}))
-    assert torch.equal(found.batch(rows), before)
 
 
 def test_a_file_that_changes_while_a_set_is_decoded_is_left_out(load, tmp_path, monkeypatch):
