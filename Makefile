@@ -5,7 +5,7 @@ PROFILE ?= smoke
 BIN     = $(VENV)/bin
 RUN     = runs/$(PROFILE)
 
-.PHONY: demo test test-slow lab notebooks figures lint types format clean
+.PHONY: demo table test test-slow lab notebooks figures lint types format clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,12 @@ $(VENV)/.test: $(VENV)/.core
 	$(BIN)/pip install -q -e ".[test]"
 	@touch $@
 
-demo: $(VENV)/.core          ## teachers, both graphs and students on the embedded data; ends with a table and figures
-	$(BIN)/gdviz run --profile $(PROFILE) --out $(RUN)
+demo: $(VENV)/.core          ## four specialists, one student, several draws: a table with intervals, and figures
+	$(BIN)/gdviz experiment benchmarks/plans/demo.toml --out runs/demo
+	$(BIN)/gdviz figures runs/demo/main/101 --out runs/demo/figures
+
+table: $(VENV)/.core         ## the headline table of docs/results.md, ten draws: about an hour on two cores
+	$(BIN)/gdviz experiment benchmarks/plans/specialists.toml --out runs/table
 
 test: $(VENV)/.test          ## the default test suite
 	$(BIN)/python -m pytest -n 2
@@ -32,13 +36,14 @@ notebooks: $(VENV)/.test     ## executes every notebook into build/notebooks, as
 	env -u MPLBACKEND OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to html --execute \
 	    --ExecutePreprocessor.timeout=120 --output-dir build/notebooks notebooks/*.ipynb
 
-figures: demo                ## rewrites figures/ from the demo's run
+figures: $(VENV)/.core       ## rewrites figures/ from a run of general teachers
+	$(BIN)/gdviz run --profile $(PROFILE) --out $(RUN)
 	$(BIN)/gdviz figures $(RUN) --out figures
 
 lint: $(VENV)/.test          ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(VENV)/.test         ## types, by pyright: not clean yet
+types: $(VENV)/.test         ## types, by pyright
 	$(BIN)/pyright gdviz
 
 format: $(VENV)/.test
