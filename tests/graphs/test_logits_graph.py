@@ -1,7 +1,6 @@
 """Logits graph: the loss by its formula, what it must not do, and that it can be stored."""
 
 import json
-import warnings
 from itertools import product
 
 import numpy as np
@@ -187,18 +186,3 @@ def test_multi_label_loss_and_consensus():
     agreed = (z / 2).sigmoid()[:, None].expand(2, 2, 3)
     assert graph.loss(*one_class_at_a_time(z, agreed, w)) < 1e-6
     assert graph.loss(*one_class_at_a_time(z, p, w)) > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("known", [False, True])
-def test_compiles_without_graph_breaks(known):
-    graph, z = LogitsGraph(["a", "b", "c"], euclidean_cost(5)), normal(6, 5).requires_grad_()
-    p, w = simplex(6, 3, 5), simplex(6, 3, seed=3)
-    given = (graph.consensus(p, w),) if known else ()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the compiler's own making
-        losses = (graph.loss, torch.compile(graph.loss, fullgraph=True))
-        values = [loss(z, p, w, *given) for loss in losses]
-        gradients = [torch.autograd.grad(value, z)[0] for value in values]
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*gradients)

@@ -1,7 +1,6 @@
 """Representation graph: both routes, the loss, what it sees and must not do, and its storage."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -246,22 +245,3 @@ def test_bad_arguments_raise():
         graph.loss(h, features, None, torch.ones(2))
     with pytest.raises((ValueError, TypeError)):
         graph.loss(h, features, torch.zeros(5, dtype=torch.long), ONES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("route", "distance"), [("kernel", "mmd"), ("sketch", "mmd"), ("kernel", "cka")]
-)
-def test_compiles_without_graph_breaks(route, distance):
-    graph, h, features = make(route=route, distance=distance, sketch_dim=64)
-    labels, v = torch.softmax(normal(12, 3), -1), torch.tensor([0.2, 0.3, 0.5])
-    inputs = (h.requires_grad_(), *graph.parameters())
-    with warnings.catch_warnings():
-        # of the compiler's own making; it leaves complex numbers, the sketch's, to eager kernels
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for com")
-        losses = (graph.loss, torch.compile(graph.loss, fullgraph=True))
-        values = [loss(h, features, labels, v) for loss in losses]
-        gradients = [torch.autograd.grad(value, inputs) for value in values]
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*gradients)
