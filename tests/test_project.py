@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,8 @@ import pandas as pd
 import pytest
 from conftest import REPO
 
+from gdviz.experiment.report import open_results, report, wide
+from gdviz.experiment.statistics import compare, summarise
 from gdviz.experiment.tables import gains, spread
 
 PACKAGE = REPO / "gdviz"
@@ -146,9 +149,18 @@ def test_the_numbers_of_the_docs_are_those_of_the_results():
     for name in gained:
         assert f"`{name}` | {spread(results[results['name'] == name]['accuracy'])} | " in text
         assert f" | {spread(gained[name])} |\n" in text
-    over_labels = 100 * gained["labels"]
-    half = 4.303 * over_labels.std() / 3**0.5  # Student's t, two degrees of freedom
-    low, high = over_labels.mean() - half, over_labels.mean() + half
-    said = f"gains {over_labels.mean():.0f} points"
-    assert said in (REPO / "README.md").read_text()
-    assert f"{low:.0f} to {high:.0f})" in (REPO / "README.md").read_text()
+
+
+def test_the_headline_table_is_that_of_its_results_file(tmp_path):
+    shutil.copytree(REPO / "docs/results/specialists", tmp_path / "table")
+    page = (REPO / "docs/results.md").read_text()
+    lines = [line for line in report(tmp_path / "table").splitlines() if line.startswith("|")]
+    assert len(lines) > 40 and not [line for line in lines if line not in page]
+    results, contrasts, _ = open_results(tmp_path / "table")
+    students = wide(results, "accuracy")
+    ours, readme = summarise(students).loc["both-graphs"], (REPO / "README.md").read_text()
+    assert f"right on {ours['mean']:.1f} % of test clips" in readme
+    assert f"(95 % interval {ours['low']:.1f} to {ours['high']:.1f})" in readme
+    for row in compare(students, contrasts[:3]).to_dict("records"):
+        interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
+        assert f"{row['difference']:+.1f} points ({interval})" in readme

@@ -134,3 +134,15 @@ def test_students_of_other_settings_have_their_setting_s_name():
         "m": [0.5, 0.6],
         "two/m": [0.7, 0.8],
     }
+
+
+def test_unnamed_motions_are_probed(tmp_path):
+    text = 'profile = "unnamed"\ndraws = [1]\nmethods = ["both-graphs"]\n[settings.main]' + SMALL
+    text = text.replace('"none@plain", "registration@noise"', '"none", "order"')
+    text += '"motion.size" = 32\n"teachers.folds" = 2\n'
+    text = text.replace('"motion.test" = 1', '"motion.test" = 12')
+    (tmp_path / "plan.toml").write_text(text)
+    plan = grid.read_plan(tmp_path / "plan.toml")
+    results = grid.execute(plan, tmp_path / "out", tmp_path / "data", "cpu", 1)
+    for column in ("unnamed R@1", "unnamed probe"):
+        assert results[column].notna().all() and (results[column] > 0.1).all()  # chance: .25
