@@ -88,7 +88,10 @@ def test_resuming_is_exact(tmp_path, monkeypatch, plan):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_after_the_step_and_goes_on_exactly(tmp_path, signum):
+def test_asked_to_stop_it_saves_after_the_step_and_goes_on_exactly(tmp_path, signum, request):
+    # A shell's background job ignores Ctrl-C, and a training then leaves it ignored.
+    given = signal.signal(signum, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signum, given))
     module, step = problem()
     expected, before = train(module, step, ROWS, EVERYTHING, seed=5), signal.getsignal(signum)
     # In the middle of a step of two parts, in the last step of an epoch, in the very last one.
