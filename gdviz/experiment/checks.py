@@ -12,6 +12,7 @@ import torch
 from gdviz.config import Profile, Range
 from gdviz.core import distributed
 from gdviz.core.files import UserError
+from gdviz.data.motion import DOMAINS
 from gdviz.data.videos import VideoSet
 from gdviz.student.methods import find_method
 from gdviz.teachers.backbones import build_backbone
@@ -35,6 +36,9 @@ def check_profile(profile: Profile) -> None:
     if not 1 < view.length < view.frames:
         wanted = f"two frames or more, and fewer than the {view.frames} of --view.frames"
         raise UserError(f"--view.length {view.length}: needs {wanted}")
+    if not profile.motion.domains or set(profile.motion.domains) - set(DOMAINS):
+        given = " ".join(profile.motion.domains) or "none"
+        raise UserError(f"--motion.domains {given}: choose from {', '.join(DOMAINS)}")
     for name in profile.methods:
         with _naming("--methods"):
             find_method(name, tasks)

@@ -90,6 +90,10 @@ def read_plan(file: Path) -> Plan:
     draws, contrasts = words.get("draws"), words.get("contrasts", ())
     if not (isinstance(draws, list) and draws and all(isinstance(d, int) for d in draws)):
         raise UserError(f"{file}: draws: give numbers, one for each time that all is drawn anew")
+    first, *others = settings.items()
+    students = {*first[1].methods, *(f"{s}/{m}" for s, p in others for m in p.methods)}
+    if unknown := {name for pair in contrasts for name in pair} - students:
+        raise UserError(f"{file}: contrasts: {min(unknown)!r} is no student of this plan")
     data = file.parent / words["data"] if "data" in words else None
     measures = tuple(words.get("measures", ("accuracy",)))
     return Plan(tuple(draws), settings, tuple((a, b) for a, b in contrasts), measures, data)

@@ -65,6 +65,8 @@ def test_a_plan_changes_its_profile_by_flags(plan):
         ('draws = [1]\n[settings.a]\n"view.width" = 3', "view.width"),
         ('draws = [1]\n[settings.a]\n"view.stride" = -1', "stride"),
         ("draws = [", "plan.toml"),
+        ('draws = [1]\ncontrasts = [["labels", "kd-unifrom"]]', "kd-unifrom"),
+        ('draws = [1]\n[settings.a]\n"motion.domains" = ["fog"]', "--motion.domains fog"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_by_name(plan, line, said):
