@@ -1,6 +1,7 @@
 """Plans: read, refused by name, run once, resumed, and reported."""
 
 import os
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from gdviz.experiment.report import latex, markdown, report, wide
 PLAN = """
 profile = "specialists"
 draws = [1, 2, 3]
-methods = ["kd-uniform", "both-graphs"]
+methods = ["kd-uniform", "both-graphs", "kd-truth"]
 measures = ["accuracy"]
 contrasts = [["both-graphs", "kd-uniform"], ["both-graphs", "fewer/both-graphs"]]
 [settings.main]
@@ -52,7 +53,7 @@ def test_a_plan_changes_its_profile_by_flags(plan):
     main, fewer = read.settings.values()
     assert fewer.distillation.edges.components == 2
     assert main.distillation == PROFILES["specialists"].distillation
-    assert main.methods == fewer.methods == ("kd-uniform", "both-graphs")
+    assert main.methods == fewer.methods == ("kd-uniform", "both-graphs", "kd-truth")
 
 
 @pytest.mark.parametrize(
@@ -87,11 +88,14 @@ def made(tmp_path_factory):
 def test_all_is_run_and_told_in_one_table(made):
     folder, _, results = made
     counts = results.groupby(["setting", "kind"]).size()
-    assert counts.tolist() == [2, 2, 2, 2]
+    assert counts.tolist() == [3, 2, 3, 2]
     assert set(results["draw"]) == {1}
     assert {"accuracy: plain", "accuracy: snow"} <= set(results)
     edges = pd.read_csv(folder / "out" / "edges.csv")
-    assert edges["at_home"].between(0, 1).all() and len(edges) == 2
+    at_home = edges[edges["setting"] == "main"].set_index("edges")["at_home"]
+    # Two of four looks have a teacher at home; the others' weight is half right by definition.
+    assert at_home["graphs-truth"] == pytest.approx((0.99 + 0.5) / 2, abs=0.01)
+    assert 0 < at_home["graphs"] < at_home["graphs-truth"] and len(edges) == 4
 
 
 def test_teachers_of_an_earlier_setting_are_taken_from_there(made):
@@ -102,6 +106,32 @@ def test_teachers_of_an_earlier_setting_are_taken_from_there(made):
         index="name", columns="setting", values="accuracy"
     )
     assert (teachers["main"] == teachers["fewer"]).all()
+
+
+def test_other_settings_of_teachers_are_not_taken(made):
+    _, read, _ = made
+    main = read.settings["main"]
+    longer = replace(main.teachers, fit=replace(main.teachers.fit, epochs=2))
+    folder = made[0] / "out"
+    runs = grid.Plan((1,), {"main": main, "longer": replace(main, teachers=longer)})
+    (first,), (second,) = runs.runs(folder, made[0] / "data", "cpu")
+    grid._adopt(second, [first])
+    assert not second.teacher_folder(1, "none@plain").exists()
+
+
+def test_a_teacher_with_a_home_is_pre_trained_there(made, tmp_path, monkeypatch):
+    folder, read, _ = made
+    (run,) = replace(read, settings={"main": read.settings["main"]}).runs(
+        tmp_path, folder / "data", "cpu"
+    )[0]
+
+    def spy(task, cfg, view, videos, **_):
+        assert set(videos.audit["domain"]) == {"noise"}
+        raise StopIteration
+
+    monkeypatch.setattr(grid.steps, "pretrain", spy)
+    with pytest.raises(StopIteration):
+        grid.steps.train_teacher(run, 1, "registration@noise")
 
 
 def test_a_finished_experiment_trains_nothing_again(made, monkeypatch):

@@ -115,3 +115,16 @@ def test_a_constant_teacher_has_no_say_in_the_ground_cost():
         (*bank.teachers, "flat"), (*readouts.values(), one.readouts[0]), both, bank.labels, fold
     )
     torch.testing.assert_close(ground_cost(more, 0.3), ground_cost(bank, 0.3))
+
+
+def test_routed_edges_listen_to_teachers_calibrated_under_them():
+    bank, _ = draw_bank(4.0, 1.0, 0.5)
+    graphs = graphs_of(bank)
+    cfg = Edges(components=3, refreshes=2)
+    edges = learn_edges(bank, graphs.logits, graphs.representation, cfg, seed=0)
+    w, t = edges.teachers[-1], edges.temperatures[-1]
+    assert torch.equal(t, bank.recalibrated(w)) and (t != 1).any()
+    probs = bank.probs(graphs.logits.temperature * t)
+    torch.testing.assert_close(edges.consensus[-1], graphs.logits.consensus(probs, w))
+    gated = learn_edges(bank, graphs.logits, graphs.representation, Edges(refreshes=1), seed=0)
+    assert (gated.temperatures == 1).all()

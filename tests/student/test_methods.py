@@ -169,3 +169,17 @@ def test_balance_gives_a_loss_its_share_of_the_gradient():
     balance.measure({"ce": ce, "kd": kd}, features)
     (share,) = torch.autograd.grad(balance.factor("kd") * kd, features)
     assert share.norm().item() == pytest.approx(0.5 * 3 * 2**0.5)
+
+
+@pytest.mark.parametrize("name", ["logits-graph", "kd-learned"])
+def test_teachers_are_softened_by_the_temperatures_of_the_edges(setting, batch, name):
+    edges = setting.graphs.edges
+    hot = replace(edges, temperatures=torch.full_like(edges.temperatures, 3))
+    hotter = replace(setting, graphs=replace(setting.graphs, edges=hot))
+    softer = replace(setting, bank=replace(setting.bank, logits=setting.bank.logits / 3))
+    plain, same, other = (
+        losses(find_method(name, NAMES)(s), s, batch) for s in (setting, hotter, softer)
+    )
+    for term, value in same.items():
+        torch.testing.assert_close(value, other[term])
+        assert not torch.isclose(value, plain[term])

@@ -12,6 +12,7 @@ from gdviz.core.files import UserError, load_json, save_json
 from gdviz.data.clips import clip_places, pick_frames, to_float
 from gdviz.teachers import bank as banks
 from gdviz.teachers.bank import (
+    Bank,
     Readout,
     calibration_temperature,
     gather,
@@ -177,3 +178,19 @@ def test_calibration_undoes_overconfidence():
     labels = torch.distributions.Categorical(logits=logits).sample()
     assert calibration_temperature(3 * logits, labels) == pytest.approx(3, rel=0.1)
     assert calibration_temperature(logits / 2, labels) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_specialist_is_calibrated_where_it_counts():
+    """Sharp and right on its first half, sharp and wrong on the other: told by the weights."""
+    labels = torch.arange(40) % 4
+    said = torch.where(torch.arange(40) < 20, labels, (labels + 1) % 4)
+    z = 4.0 * torch.nn.functional.one_hot(said, 4)
+    readout = Readout.from_means(z, z, torch.zeros(40, dtype=torch.long))
+    bank = Bank(("one",), (readout,), z[:, None], labels, torch.zeros(40, dtype=torch.long))
+    home = (torch.arange(40) < 20).float()[:, None]
+    at_home, everywhere, abroad = (
+        float(bank.recalibrated(w)) for w in (home, torch.ones(40, 1), 1 - home)
+    )
+    assert at_home < 0.5 < 2 < everywhere < abroad
+    unlabelled = replace(bank, labels=torch.full((40,), -1))
+    assert unlabelled.recalibrated(home).tolist() == [1]

@@ -64,3 +64,25 @@ def test_pretraining_sees_no_label():
         assert torch.equal(value, b[0].state_dict()[name])
     with pytest.raises(UserError, match="unknown task 'jigsaw'"):
         pretrain("jigsaw", cfg, TINY.view, videos, seed=0)
+
+
+def test_a_teacher_with_a_home_is_fitted_there_alone_and_asked_of_all(monkeypatch):
+    rng = Generator().manual_seed(0)
+    pixels = torch.randint(255, (16, 8, 16, 16, 3), generator=rng, dtype=torch.uint8).numpy()
+    labels, splits = [0, 1] * 4, ["train"] * 4 + ["unlabelled"] * 3 + ["test"]
+    videos = memory_set(pixels[:8], labels, splits)
+    home = memory_set(pixels[8:], labels, splits)
+    seen, real = [], fits.fit
+
+    def spy(backbone, where, rows, *rest, **how):
+        seen.append((where.fingerprint, rows.tolist()))
+        return real(backbone, where, rows, *rest, **how)
+
+    monkeypatch.setattr(fits, "fit", spy)
+    backbone, view = build_backbone("tiny4"), View(size=16, frames=8, length=4)
+    _, readout = fit_teacher(backbone, videos, TINY.teachers, view, seed=0, home=home)
+    assert seen == [(home.fingerprint, home.rows("train").tolist())]
+    assert readout.home.shape[0] == len(home.rows("unlabelled"))
+    train = videos.rows("train")
+    assert (readout.fold[train] == 0).all() and len(readout.fold) == len(videos.splits)
+    assert torch.equal(readout.at("held", train), readout.at("features", train))
