@@ -69,8 +69,10 @@ def read_plan(file: Path) -> Plan:
     """
     try:
         words = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{file}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; give the plan's file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: is no TOML: {error}") from None
     known = {"profile", "draws", "methods", "measures", "contrasts", "settings", "data"}
     if unknown := set(words) - known:
         raise UserError(f"{file}: unknown {min(unknown)!r}; a plan has {', '.join(sorted(known))}")

@@ -75,6 +75,11 @@ def test_a_plan_that_cannot_work_is_refused_by_name(plan, line, said):
         grid.read_plan(plan(line))
 
 
+def test_a_plan_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.toml: No such file"):
+        grid.read_plan(tmp_path / "none.toml")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
