@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.decomposition import PCA
@@ -17,6 +18,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from gdviz.graphs.weights import Labels, Probs, Weights, closed_form
@@ -26,8 +28,12 @@ NEIGHBOURS = 5
 AXES = 32  # of the joint space
 ETA = 0.1  # temperature of the closed form, in units of log distance
 FLOOR = 0.02
+# Several threads add in another order, and a student that starts from weights that differ in the
+# last digit ends elsewhere: the same weights on any number of cores.
+one_thread = threadpool_limits.wrap(limits=1)
 
 
+@one_thread
 def novelty(features: Float[Tensor, "n d"], home: Float[Tensor, "m d"]) -> Float[Tensor, " n"]:
     """Return ``log d(n) - median_m log d(m)``: how foreign clips are to a teacher.
 
@@ -86,24 +92,32 @@ def route(
     """
     every = torch.arange(len(bank.labels))
     features = bank.features_at(every)
-    joint = torch.cat(features, 1).numpy()
-    axes = PCA(min(AXES, joint.shape[1], len(rows)), random_state=seed)
-    space = make_pipeline(StandardScaler(), axes).fit(joint[rows]).transform(joint)
+    space = _joint_space(features, rows, seed)
     foreign = _novelties(features, bank.homes)
     probs, total = bank.probs(), torch.zeros(len(every), len(bank.teachers))
     components = min(components, len(rows) // 4)
     start = 0
     while True:
-        mixture = GaussianMixture(
-            components, covariance_type="tied", reg_covar=0.5, tol=1e-4, max_iter=200,
-            random_state=seed * 1000 + start,
-        ).fit(space[rows])  # fmt: skip
-        m = torch.from_numpy(mixture.predict_proba(space)).float()
+        m = _memberships(space, rows, components, seed * 1000 + start)
         c = m[rows].T @ foreign[rows] / m[rows].sum(0).clamp(min=1e-6)[:, None]
         prior = 2 * local_prior(m, probs, bank.labels)
         total += m @ closed_form(c, eta=ETA, log_prior=prior, floor=FLOOR)
         start += 1
         yield total / start
+
+
+@one_thread
+def _joint_space(features: list[Tensor], rows: Tensor, seed: int) -> np.ndarray:
+    joint = torch.cat(features, 1).numpy()
+    axes = PCA(min(AXES, joint.shape[1], len(rows)), random_state=seed)
+    return make_pipeline(StandardScaler(), axes).fit(joint[rows]).transform(joint)
+
+
+@one_thread
+def _memberships(space: np.ndarray, rows: Tensor, components: int, seed: int) -> Tensor:
+    options = {"covariance_type": "tied", "reg_covar": 0.5, "tol": 1e-4, "max_iter": 200}
+    mixture = GaussianMixture(components, random_state=seed, **options).fit(space[rows])
+    return torch.from_numpy(mixture.predict_proba(space)).float()
 
 
 def _novelties(features: list[Tensor], homes: tuple[Tensor | None, ...]) -> Float[Tensor, "n k"]:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from gdviz.data.videos import VideoSet
 from gdviz.student.routing import local_prior, novelty, route
@@ -102,3 +104,19 @@ def test_impostors_join_a_bank_and_say_what_they_should():
 def test_a_set_in_memory_has_no_audit():
     videos = VideoSet.from_arrays(np.zeros((2, 3, 4, 4, 3), np.uint8), [0, 0], ["train", "test"])
     assert videos.audit == {}
+
+
+def test_mixtures_are_fitted_on_one_thread_wherever_more_are_allowed(monkeypatch):
+    """Sums of several threads differ in the last digit, and so would students elsewhere."""
+    seen, real = [], GaussianMixture.fit
+
+    def spy(self, *rest):
+        seen.extend(pool["num_threads"] for pool in threadpool_info())
+        return real(self, *rest)
+
+    monkeypatch.setattr(GaussianMixture, "fit", spy)
+    bank, domain = world()
+    with threadpool_limits(2):
+        next(iter(route(bank, torch.arange(len(domain)), 3)))
+        assert {pool["num_threads"] for pool in threadpool_info()} != {1}
+    assert set(seen) == {1}
