@@ -24,6 +24,7 @@ from gdviz.data.listing import read_folder
 from gdviz.data.official import SOURCES, describe, read_official, save_list
 from gdviz.data.verified import verified
 from gdviz.experiment import grid, steps
+from gdviz.experiment.estimate import estimate
 from gdviz.experiment.folder import Run, default_folder, open_run
 from gdviz.experiment.report import report
 from gdviz.experiment.tables import evaluation, table
@@ -117,17 +118,15 @@ def _experiment(
         workers: processes, each of which does whole runs; 0: one a core on a CPU, one on a GPU
         cluster: address of a Dask scheduler, whose machines do the runs instead (docs/scale.md)
         device: cpu, cuda, cuda:1, mps, or auto
-        dry: check the plan, say what it holds, and stop
+        dry: check the plan, say what it holds and how long it takes here, and stop
     """
-    read = grid.read_plan(plan)
-    for name, profile in read.settings.items() if dry else ():
-        each = f"{len(profile.teachers.tasks)} teachers and {len(profile.methods)} students"
-        print(f"{name}: {len(read.draws)} draws of {each}")
-    if not dry:
-        where = device if cluster else _device(device)
-        by = Cluster(cluster) if cluster else _workers(workers, where)
-        grid.execute(read, out.resolve(), cache.resolve(), where, by)
-        print(report(out))
+    read, where = grid.read_plan(plan), device if cluster else _device(device)
+    if dry:
+        print(estimate(read, read.runs(out, cache, where), where))
+        return
+    by = Cluster(cluster) if cluster else _workers(workers, where)
+    grid.execute(read, out.resolve(), cache.resolve(), where, by)
+    print(report(out))
 
 
 def _report(folder: tyro.conf.Positional[Path]) -> None:

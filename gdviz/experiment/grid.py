@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Plan:
     settings: dict[str, Profile]
     contrasts: tuple[tuple[str, str], ...] = ()
     measures: tuple[str, ...] = ("accuracy",)
-    data: Path | None = None  # None: the embedded data, drawn anew by each draw
+    data: Path | None = None  # may hold "{draw}"; None: the embedded data, drawn anew by each draw
+    videos: dict[str, int] = field(default_factory=dict)  # of each split and "classes", as told
 
     def runs(self, out: Path, cache: Path, device: str) -> list[list[Run]]:
         """Return the runs of each setting, one a draw."""
@@ -43,7 +44,8 @@ class Plan:
         def run(name: str, profile: Profile, draw: int) -> Run:
             motion = replace(profile.motion, seed=draw)
             drawn = replace(profile, motion=motion, seeds=(draw,))
-            return Run(drawn, out / folder_name(name) / str(draw), self.data, cache, device)
+            data = self.data and Path(str(self.data).replace("{draw}", str(draw)))
+            return Run(drawn, out / folder_name(name) / str(draw), data, cache, device)
 
         return [[run(*setting, draw) for draw in self.draws] for setting in self.settings.items()]
 
@@ -73,7 +75,7 @@ def read_plan(file: Path) -> Plan:
         raise UserError(f"{file}: {error.strerror}; give the plan's file") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file}: is no TOML: {error}") from None
-    known = {"profile", "draws", "methods", "measures", "contrasts", "settings", "data"}
+    known = {"profile", "draws", "methods", "measures", "contrasts", "settings", "data", "videos"}
     if unknown := set(words) - known:
         raise UserError(f"{file}: unknown {min(unknown)!r}; a plan has {', '.join(sorted(known))}")
     name = words.get("profile", "smoke")
@@ -85,8 +87,8 @@ def read_plan(file: Path) -> Plan:
     settings = {}
     for setting, fields in words.get("settings", {"main": {}}).items():
         changed = profile
-        for field, value in fields.items():
-            changed = _set(changed, field, value, f"{file}: settings.{setting}: {field}")
+        for name, value in fields.items():
+            changed = _set(changed, name, value, f"{file}: settings.{setting}: {name}")
         check_profile(changed)
         settings[setting] = changed
     draws, contrasts = words.get("draws"), words.get("contrasts", ())
@@ -98,7 +100,8 @@ def read_plan(file: Path) -> Plan:
         raise UserError(f"{file}: contrasts: {min(unknown)!r} is no student of this plan")
     data = file.parent / words["data"] if "data" in words else None
     measures = tuple(words.get("measures", ("accuracy",)))
-    return Plan(tuple(draws), settings, tuple((a, b) for a, b in contrasts), measures, data)
+    pairs, videos = tuple((a, b) for a, b in contrasts), words.get("videos", {})
+    return Plan(tuple(draws), settings, pairs, measures, data, videos)
 
 
 def _teachers_of(run: Run) -> str:

@@ -1,0 +1,71 @@
+"""Expected hours: counted as trainings count, and from what a clip was seen to take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from gdviz.config import PROFILES, Schedule
+from gdviz.core.files import UserError
+from gdviz.core.loop import train
+from gdviz.experiment import estimate, grid
+from gdviz.experiment.folder import Run
+
+SMOKE = PROFILES["smoke"]
+
+
+@pytest.mark.parametrize(("videos", "batch"), [(50, 16), (10, 16), (200, 16)])
+def test_a_training_sees_as_many_clips_as_are_expected(videos, batch):
+    schedule, seen = Schedule(epochs=2, batch=batch, min_steps=3), 0
+    net = nn.Linear(1, 1)
+
+    def step(rows, rng, epoch):
+        nonlocal seen
+        seen += len(rows)
+        return net.weight.sum(), {}
+
+    train(net, step, torch.arange(videos), schedule, seed=0)
+    assert seen == estimate.clips_trained(schedule, videos)
+
+
+def test_hours_are_clips_times_seconds(monkeypatch):
+    monkeypatch.setattr(estimate, "clip_seconds", lambda *_: (3600.0, 0.0))  # an hour a clip
+    count = {"train": 84, "unlabelled": 1008, "test": 960, "classes": 12}
+    teachers = replace(SMOKE.teachers, tasks=("order",), strides=(2,))
+    hours = estimate.hours_of(replace(SMOKE, teachers=teachers, methods=("labels",)), count, "cpu")
+    pretrained, fitted = 10 * (1092 // 32) * 32, 4 * 32 * 5 * 16  # folds and all, least five steps
+    assert hours == {"teachers": pretrained + fitted, "students": 24 * (1092 // 32) * (32 + 8)}
+
+
+def test_answering_costs_a_clip_of_each_video(monkeypatch):
+    monkeypatch.setattr(estimate, "clip_seconds", lambda *_: (0.0, 3600.0))
+    count = {"train": 2, "unlabelled": 3, "test": 5, "classes": 2}
+    profile = replace(SMOKE, methods=("labels", "kd-uniform"))
+    assert estimate.hours_of(profile, count, "cpu") == {"teachers": 4 * 30, "students": 2 * 30}
+
+
+def test_training_takes_longer_than_answering():
+    net = estimate.build_student("tiny8", 3)
+    training, answering = estimate.clip_seconds(net, SMOKE.view, Schedule(epochs=1), "cpu")
+    assert training > answering > 0
+
+
+def test_videos_are_counted_or_told(tmp_path):
+    embedded = Run(SMOKE, tmp_path)
+    assert estimate.count_videos(embedded, {})["unlabelled"] == 12 * 84
+    away = Run(SMOKE, tmp_path, tmp_path / "away.csv")
+    with pytest.raises(UserError, match=r"away\.csv: is not here"):
+        estimate.count_videos(away, {})
+    told = {"train": 10, "test": 5, "classes": 2}
+    assert estimate.count_videos(away, told) == told | {"unlabelled": 0}
+
+
+def test_each_draw_has_data_of_its_own(tmp_path):
+    text = 'draws = [1, 2]\ndata = "list_{draw}.csv"\nvideos = {train = 9, test = 3, classes = 3}'
+    (tmp_path / "plan.toml").write_text(text)
+    plan = grid.read_plan(tmp_path / "plan.toml")
+    (runs,) = plan.runs(tmp_path / "out", tmp_path, "cpu")
+    assert [run.data for run in runs] == [tmp_path / f"list_{draw}.csv" for draw in (1, 2)]
+    said = estimate.estimate(plan, [runs], "cpu")
+    assert "9 train, 0 unlabelled, 3 test videos" in said and "hours of one process" in said
