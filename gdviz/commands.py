@@ -28,6 +28,7 @@ from gdviz.experiment.estimate import estimate
 from gdviz.experiment.folder import Run, default_folder, open_run
 from gdviz.experiment.report import report
 from gdviz.experiment.tables import evaluation, table
+from gdviz.show.comparisons import draw_comparisons
 from gdviz.show.figures import draw_figures
 
 
@@ -130,8 +131,11 @@ def _experiment(
 
 
 def _report(folder: tyro.conf.Positional[Path]) -> None:
-    """Write and print means, intervals and contrasts of an experiment."""
+    """Write and print means, intervals and contrasts of an experiment, and draw them."""
     print(report(folder))
+    for path in draw_comparisons(folder):
+        if path.suffix == ".png":
+            print(path)
 
 
 def _figures(run: tyro.conf.Positional[Path], out: Path | None = None) -> None:
