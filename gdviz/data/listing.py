@@ -49,6 +49,11 @@ class Video:
     split: str = ""  # train, unlabelled, test or val; empty: not given
     labels: tuple[str, ...] | None = None  # instead of ``label``: several classes, or none
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the classes that it is known to show."""
+        return self.labels or ((self.label,) if self.label else ())
+
 
 def group_of(path: Path, label: str = "") -> str:
     """Return the recording that a video was cut from, by its name; by default itself.

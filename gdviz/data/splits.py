@@ -40,12 +40,12 @@ def split_by_group(
 
 
 def _check_classes(videos: list[Video], name: str) -> None:
-    labels = Counter(v.label for v in videos if v.label and v.split != "unlabelled")
+    labels = Counter(label for v in videos if v.split != "unlabelled" for label in v.classes)
     if len(labels) < 2:
         found = f"{len(labels)} class found ({', '.join(labels) or 'none'})"
         advice = "a classifier needs two or more; if they lie in one more folder, give that"
         raise UserError(f"--data {name}: {found}; {advice}")
-    parts = Counter((video.label, video.split) for video in videos)
+    parts = Counter((label, video.split) for video in videos for label in video.classes)
     for label, count in sorted(labels.items()):
         given, train, test = (parts[label, split] for split in ("", "train", "test"))
         if count < 3 or (not given and (train < 2 or test < 1)):
@@ -62,7 +62,7 @@ def _check_given(videos: list[Video], name: str) -> None:
         problem = ""
         if v.label and not v.split:
             problem = f"{v.path} has a label but no split, as {some} has: give all one, or none"
-        elif not v.label and v.split in ("train", "test"):
+        elif not v.label and v.labels is None and v.split in ("train", "test"):
             problem = f"{v.path} is to {v.split} but has no label"
         elif v.split != "test" and v.group in tested:
             pair = f"{v.path} and {tested[v.group]}, which is tested on"

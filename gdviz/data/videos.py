@@ -37,7 +37,7 @@ class VideoSet:
     fingerprint: str
     pixels: np.ndarray | Cache  # uint8 (n, f, h, w, 3)
     label_names: tuple[str, ...]
-    labels: Tensor  # (n,) long; -1 where unlabelled
+    labels: Tensor  # (n,) long, -1 where unlabelled; or of several labels (n, classes), 0 and 1
     splits: tuple[str, ...]
     groups: tuple[str, ...]
     metadata: Tensor  # (n, 5): frames, width, height, fps, bytes
@@ -58,16 +58,19 @@ class VideoSet:
     ) -> VideoSet:
         """Return a set of videos in memory, uint8 ``[n, frames, height, width, 3]``.
 
-        Labels count from 0, -1 where unknown; splits are ``train``, ``unlabelled`` (which hides the
-        label) or ``test``; videos of one group (by default each is its own) stay in one fold. Raise
-        UserError where shapes, types, splits or labels do not fit.
+        Labels count from 0, -1 where unknown; several a video are ``[n, classes]``, 0 or 1. Splits
+        are ``train``, ``unlabelled`` (which hides the label) or ``test``; videos of one group (by
+        default each is its own) stay in one fold. Raise UserError where shapes, types, splits or
+        labels do not fit.
         """
         pixels, numbers = np.asarray(pixels), np.asarray(labels)
         if pixels.ndim != 5 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
             got = f"{pixels.dtype} {list(pixels.shape)}"
             raise UserError(f"pixels: needs uint8 [videos, frames, height, width, 3], got {got}")
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        if numbers.ndim not in (1, 2) or numbers.dtype.kind not in "iu":
             raise UserError("labels: needs whole numbers, and -1 where unknown")
+        if numbers.ndim == 2 and not np.isin(numbers, (-1, 0, 1)).all():
+            raise UserError("labels: several a video are 0 or 1 for each class")
         count = len(pixels)
         groups = tuple(map(str, range(count) if groups is None else groups))
         for what, values in {"labels": numbers, "splits": splits, "groups": groups}.items():
@@ -78,13 +81,15 @@ class VideoSet:
         hidden = np.array([split == "unlabelled" for split in splits], bool)
         if (numbers[~hidden] < 0).any():
             raise UserError("labels: a video to train or test on has none")
-        classes = max(numbers.tolist(), default=-1) + 1
+        several = numbers.ndim == 2
+        classes = numbers.shape[1] if several else max(numbers.tolist(), default=-1) + 1
         names = tuple(map(str, range(classes) if label_names is None else label_names))
         if len(names) < classes:
             raise UserError(f"label_names: {len(names)} for {classes} classes")
         about = fingerprint(numbers.tolist(), splits, groups, list(pixels.shape))
         digest = sha256(about.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
-        shown = torch.from_numpy(np.where(hidden, -1, numbers).astype(np.int64))
+        hide = hidden[:, None] if several else hidden
+        shown = torch.from_numpy(np.where(hide, -1, numbers).astype(np.int64))
         unknown = torch.zeros(count, 5)
         return cls(name, digest, pixels, names, shown, tuple(splits), groups, unknown)
 
@@ -141,12 +146,8 @@ def open_videos(
     a folder for each fingerprint of files (path, size, time of change), labels, view and code
     version: anything else never opens it. ``storage`` is memmap, jpeg or transcode. ``workers`` are
     processes, or a cluster; with two or more a reader that dies or hangs costs its file only. Raise
-    UserError where videos have several labels, too little is left to train and test on, or the disk
-    is full.
+    UserError where too little is left to train and test on, or the disk is full.
     """
-    if several := next((video for video in videos if video.labels), None):
-        needs = "students are trained on videos of one class each"
-        raise UserError(f"--data {name}: {several.path.name} may show several classes; {needs}")
     paths = [video.path for video in videos]
     stats = [stat(path) for path in paths]
     _parts(videos, {i for i, (size, _) in enumerate(stats) if size < 0}, name, seed)
@@ -164,25 +165,39 @@ def open_videos(
     metadata, skipped = open_cache(pixels)
     parts = _parts(videos, skipped, name, seed)
     keep = [i for i, part in enumerate(parts) if part]
-    label_of = {i: videos[i].label for i in keep if parts[i] in ("train", "test")}
-    names = tuple(sorted(set(label_of.values())))
-    listed = {video.label for video in videos if video.label and video.split != "unlabelled"}
+    label_of = {i: videos[i].classes for i in keep if parts[i] in ("train", "test")}
+    names = tuple(sorted({label for classes in label_of.values() for label in classes}))
+    listed = {label for video in videos if video.split != "unlabelled" for label in video.classes}
     if lost := sorted(listed - set(names)):
         tqdm.write(f"{name}: no video can be read of {', '.join(lost)}")
     mates = "has no label, and is of a recording that is tested on"
     left_out = [(i, skipped.get(i, mates)) for i, part in enumerate(parts) if not part]
+    several = any(video.labels is not None for video in videos)
     return VideoSet(
         name=name,
         fingerprint=stamp if parts == [v.split for v in videos] else fingerprint(stamp, parts),
         pixels=pixels,
         label_names=names,
-        labels=torch.tensor([names.index(label_of[i]) if i in label_of else -1 for i in keep]),
+        labels=_labels([label_of.get(i) for i in keep], names, several),
         splits=tuple(parts[i] for i in keep),
         groups=tuple(videos[i].group for i in keep),
         metadata=torch.from_numpy(metadata[keep]),
         skipped=tuple((str(videos[i].path), reason) for i, reason in left_out),
         places=np.array(keep) if left_out else None,
     )
+
+
+def _labels(
+    classes_of: list[tuple[str, ...] | None], names: tuple[str, ...], several: bool
+) -> Tensor:
+    """Return one number a video, or a row of 0 and 1 a video; -1 where nothing is known."""
+    if not several:
+        return torch.tensor([names.index(found[0]) if found else -1 for found in classes_of])
+    rows = [
+        [-1] * len(names) if found is None else [int(name in found) for name in names]
+        for found in classes_of
+    ]
+    return torch.tensor(rows)
 
 
 def _parts(videos: list[Video], skipped: Collection[int], name: str, seed: int) -> list[str]:

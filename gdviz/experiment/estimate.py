@@ -42,7 +42,7 @@ def count_videos(run: Run, told: dict[str, int]) -> dict[str, int]:
     official = read_official(run.data)
     videos = official.videos if official else read_list(run.data)
     splits = Counter(split_by_group(videos, str(run.data), seed=0))
-    labels = {video.label for video in videos if video.label}
+    labels = {label for video in videos for label in video.classes}
     return {"unlabelled": 0} | dict(splits) | {"classes": len(labels)}
 
 

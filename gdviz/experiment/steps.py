@@ -24,6 +24,7 @@ from gdviz.experiment.metrics import (
     audit,
     calibration_error,
     footprints,
+    scores,
     shortcut_baselines,
     target_accuracy,
 )
@@ -31,7 +32,7 @@ from gdviz.student.distill import distill
 from gdviz.student.edges import Graphs, build_graphs, fixed_edges, learn_edges, save_graphs
 from gdviz.student.family import build_student
 from gdviz.student.methods import find_method
-from gdviz.teachers.bank import is_read_out, predict
+from gdviz.teachers.bank import as_cases, is_read_out, predict
 from gdviz.teachers.fit import build_teacher, fit_teacher, pretrain
 from gdviz.teachers.own import OwnBackbone, find_source
 
@@ -77,10 +78,12 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
         return
     test, labelled = videos.rows("test"), videos.rows("train")
     logits, truth = readout.at("logits", test), videos.labels[test]
-    row["accuracy"] = accuracy(logits, truth)
+    row |= scores(logits, truth)
     row["out_of_fold"] = accuracy(readout.at("logits", labelled), videos.labels[labelled])
-    probs = torch.softmax(logits / readout.temperature, 1)
-    row["calibration_error"] = calibration_error(probs, truth)
+    cases, answers = as_cases(logits, truth)
+    row["calibration_error"] = calibration_error(
+        torch.softmax(cases / readout.temperature, 1), answers
+    )
     every = torch.arange(len(videos.splits))
     row |= audit(videos, readout.at("logits", every), readout.at("features", every))
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -98,6 +101,7 @@ def learn_graphs(run: Run, seed: int, edges: str) -> None:
     dim = build_student(cfg.student, 1).backbone.dim
     logits, representation = build_graphs(bank, rows, cfg, dim)
     truth, equal = at_home(bank.teachers, videos), 1 / len(bank.teachers)
+    truth, cases = truth.repeat_interleave(bank.cases_each, 0), bank.cases(rows)
     if edges in FIXED:
         share = 0.98 if edges == "truth" else 0.0  # as in routing, every teacher stays heard
         weights = share * truth + (1 - share) * equal
@@ -105,13 +109,13 @@ def learn_graphs(run: Run, seed: int, edges: str) -> None:
     else:
         found = learn_edges(bank, logits, representation, cfg.edges, seed=seed, rows=rows)
     save_graphs(folder / "graphs.safetensors", Graphs(logits, representation, found))
-    weights = found.teachers[-1][rows]
+    weights = found.teachers[-1][cases]
     pairs = dict(zip(representation.names, found.pairs[-1].tolist(), strict=True))
     teachers = dict(zip(bank.teachers, weights.mean(0).tolist(), strict=True))
     row: dict[str, Any] = {"teachers": teachers, "pairs": pairs}
     if edges != "shuffled":
         row["target"] = target_accuracy(videos, bank.probs(), found.teachers[-1])
-        row["at_home"] = float((weights * truth[rows]).sum(1).mean())
+        row["at_home"] = float((weights * truth[cases]).sum(1).mean())
     save_json(folder / "result.json", row)
 
 
@@ -136,7 +140,7 @@ def train_student(run: Run, seed: int, name: str, bar: bool = False) -> None:
     row: dict[str, Any] = {"seed": seed, "kind": "student", "name": name}
     row |= {"label": method.label or name, "colour": method.colour, "marker": method.marker}
     row |= {"headline": method.headline, "shuffled": method.shuffled}
-    row["accuracy"] = accuracy(logits[test], videos.labels[test])
+    row |= scores(logits[test], videos.labels[test])
     row |= audit(videos, logits, features)
     _finish(folder, history, row | student.method.notes)
 

@@ -16,6 +16,8 @@ from gdviz.experiment.folder import Run
 from gdviz.teachers.bank import calibration_temperature, open_readout, predict
 from gdviz.teachers.fit import build_teacher
 
+OUTPUTS = "outputs.safetensors"  # in a student's folder
+
 
 def spread(values: Any) -> str:
     """Return "mean ± standard deviation" of shares, in percent."""
@@ -41,12 +43,13 @@ def table(run: Run) -> str:
         f"{count['test']} test videos, {len(data['classes'])} classes, {data['skipped']} skipped; "
         f"{len(run.profile.seeds)} seeds",
         "",
-        f"{'':34}top-1 (mean ± std)",
+        f"{'':34}top-1{', mAP' if 'mAP' in results else ''} (mean ± std)",
     ]
     lines += [f"  {f'baseline: {k}':32}{100 * v:.1f}" for k, v in summary["baselines"].items()]
     models = results["kind"] + ": " + results["name"]
-    means = results.groupby(models, sort=False)["accuracy"].agg(spread)
-    lines += [f"  {name:32}{text}" for name, text in means.items()]
+    columns = [name for name in ("accuracy", "mAP") if name in results]
+    means = results.groupby(models, sort=False)[columns].agg(spread)
+    lines += [f"  {name:32}{'   '.join(row)}" for name, *row in means.itertuples()]
     gained = gains(results)
     if len(gained.columns):
         lines += ["", f"{'gain of both graphs, seed by seed':34}points"]
@@ -121,15 +124,40 @@ def _chance(labels: Tensor, truth: Tensor, ks: list[int]) -> dict[str, float]:
     return row
 
 
+def _evaluation_of_several(run: Run, videos: VideoSet) -> str:
+    """Return top-1, mAP and average precision by class, where videos have several labels.
+
+    Probe, retrieval and ECE, as the field reports them, know one label a video.
+    """
+    results, test, by_class = run.results(), videos.rows("test"), {}
+    models = results["kind"] + ": " + results["name"]
+    shown = {
+        title: results.groupby(models, sort=False)[column].agg(spread)
+        for title, column in (("top-1", "accuracy"), ("mAP", "mAP"))
+    }
+    for method in run.profile.methods:
+        files = (run.student_folder(seed, method) / OUTPUTS for seed in run.profile.seeds)
+        logits = [load_tensors(file)["logits"][test] for file in files]
+        each = [metrics.average_precision(z, videos.labels[test]) for z in logits]
+        by_class[method] = 100 * torch.stack(each).mean(0).numpy()
+    classes = pd.DataFrame(by_class, index=list(videos.label_names))
+    text = pd.DataFrame(shown).to_string(), classes.to_string(float_format="{:.1f}".format)
+    title = "average precision by class, mean over seeds, %"
+    return f"mean ± std over seeds, %\n{text[0]}\n\n{title}\n{text[1]}"
+
+
 def evaluation(run: Run) -> str:
     """Return what the field reports of frozen features, and calibration, of a finished run.
 
     Probe and retrieval (gallery: labelled clips; queries: test clips) see of a teacher its
     backbone as the pretext task left it, before any label, and of a student its features. ECE is
     before and after temperature scaling: a teacher's temperature is fitted out of fold, a
-    student's on the other half of the test part. Then top-1 by class.
+    student's on the other half of the test part. Then top-1 by class. Where videos have several
+    labels: top-1 and mAP.
     """
     videos, rows, by_class = run.videos(), [], []
+    if videos.labels.ndim == 2:
+        return _evaluation_of_several(run, videos)
     train, test = videos.rows("train"), videos.rows("test")
     truth = videos.labels[test]
     names = [videos.label_names[label] for label in truth]
@@ -137,7 +165,7 @@ def evaluation(run: Run) -> str:
         for task in run.profile.teachers.tasks:
             rows.append({"name": f"teacher: {task}"} | _teacher(run, videos, seed, task))
         for method in run.profile.methods:
-            outputs = load_tensors(run.student_folder(seed, method) / "outputs.safetensors")
+            outputs = load_tensors(run.student_folder(seed, method) / OUTPUTS)
             logits, features = outputs["logits"], outputs["features"]
             measured = _measures(videos, logits, _scaled(logits[test], truth), features)
             rows.append({"name": f"student: {method}"} | measured)

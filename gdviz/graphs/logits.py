@@ -169,22 +169,16 @@ def _check_definite(cost: Tensor, eps: float) -> None:
         raise ValueError(f"{trouble}; use a smaller eps or a cost made of Euclidean distances")
 
 
-def one_class_at_a_time(
-    student_logits: Probs, teacher_probs: TeacherProbs, weights: Weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return multi-label data (CCV's) as two-class problems "is it there or not" (ours).
+def two_class(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes 2"]:
+    """Return logits of sigmoids as logits of "it is there or not", one problem a class (ours).
 
-    Under the Hamming distance of sets of labels transport falls apart into classes: ``W(p, q) =
-    sum_c |p_c - q_c|``. From logits and probabilities of sigmoids come the first three arguments of
-    :meth:`LogitsGraph.loss`, ``[B C, ...]``, for a graph with ``zero_one_cost(2)``, whose second
-    class is "there".
+    ``(0, z)``: their softmax at a temperature is the sigmoid at it. Under the Hamming distance of
+    sets of labels transport falls apart into classes, ``W(p, q) = sum_c |p_c - q_c|``: where videos
+    have several labels, a :class:`LogitsGraph` with ``zero_one_cost(2)`` sees ``[B C, 2]``.
 
     Example:
-        >>> p = torch.tensor([[[0.5, 0.9, 0.1]]])
-        >>> z, p, w = one_class_at_a_time(torch.zeros(1, 3), p, torch.ones(1, 1))
-        >>> p[1]
-        tensor([[0.1000, 0.9000]])
+        >>> torch.softmax(two_class(torch.tensor([0.0, 2.0])), -1)
+        tensor([[0.5000, 0.5000],
+                [0.1192, 0.8808]])
     """
-    z, p = student_logits.flatten(), teacher_probs.mT.flatten(0, 1)
-    w = weights.repeat_interleave(student_logits.shape[-1], dim=0)
-    return torch.stack([torch.zeros_like(z), z], dim=-1), torch.stack([1 - p, p], dim=-1), w
+    return torch.stack([torch.zeros_like(logits), logits], dim=-1)

@@ -151,14 +151,17 @@ def fit_gate(
 
 @torch.no_grad()
 def pair_alignment(
-    pair_grams: Float[Tensor, "pairs clips clips"], labels: Labels
+    pair_grams: Float[Tensor, "pairs clips clips"], labels: Labels | Int[Tensor, "clips classes"]
 ) -> Float[Tensor, " pairs"]:
     """Compute the unbiased ``CKA(Gram(r_ij), [y = y'])`` on labelled clips, held-out ones.
 
-    0 with fewer than four of them, or one class only. See ``RepresentationGraph.pair_grams``.
+    Of several labels a clip, 0 or 1 a class, the Gram matrix is ``<y, y'>``. 0 with fewer than four
+    labelled clips, or one class only. See ``RepresentationGraph.pair_grams``.
     """
-    known = (labels >= 0).nonzero().squeeze(1)
+    several = labels[:, None] if labels.ndim == 1 else labels
+    known = (several >= 0).all(1).nonzero().squeeze(1)
     if len(known) < 4:
         return pair_grams.new_zeros(len(pair_grams))
-    same = (labels[known][:, None] == labels[known][None, :]).to(pair_grams)
+    y = one_hot(several[known, 0]) if labels.ndim == 1 else labels[known]
+    same = y.to(pair_grams) @ y.to(pair_grams).T
     return unbiased_cka(pair_grams[:, known][:, :, known], same)

@@ -24,7 +24,7 @@ from gdviz.experiment.folder import Run
 from gdviz.graphs import effective_number
 from gdviz.show import plots
 from gdviz.student.edges import Graphs
-from gdviz.teachers.bank import Bank
+from gdviz.teachers.bank import Bank, as_cases
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ class Finished:
     def matched(self) -> nx.Graph:
         """Return the logits graph of the test videos, with the student."""
         test, graph, t = self.test, self.graphs.logits, self.graphs.logits.temperature
-        student = torch.softmax(self.outputs["logits"][test] / t, 1)
-        weights = self.graphs.edges.teachers[-1][test]
-        return graph.to_networkx(self.bank.probs(t)[test], weights, student)
+        said, _ = as_cases(self.outputs["logits"][test], self.videos.labels[test])
+        student, cases = torch.softmax(said / t, 1), self.bank.cases(test)
+        weights = self.graphs.edges.teachers[-1][cases]
+        return graph.to_networkx(self.bank.probs(t)[cases], weights, student)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what the logits graph's plans move mass between."""
+        return self.videos.label_names if self.bank.cases_each == 1 else ("not there", "there")
 
 
 def open_finished(run: Run) -> Finished:
@@ -84,7 +90,7 @@ def _plan(look: Finished) -> Axes | None:
     graph = look.matched()
     a, b = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
     edge = graph[a][b]
-    return plots.plot_plan(edge["plan"], look.videos.label_names, edge["rows"], edge["columns"])
+    return plots.plot_plan(edge["plan"], look.classes, edge["rows"], edge["columns"])
 
 
 @torch.no_grad()
@@ -93,13 +99,16 @@ def _representation_graph(look: Finished) -> Axes | None:
         return None
     graph, edges, test = look.graphs.representation, look.graphs.edges, look.test
     features = look.outputs["features"][test], look.bank.features_at(test)
-    distances = graph.distances(*features, edges.consensus[-1][test])
+    consensus = edges.consensus[-1][look.bank.cases(test)]
+    if look.bank.cases_each > 1:
+        consensus = consensus[:, 1].unflatten(0, (len(test), -1))
+    distances = graph.distances(*features, consensus)
     return plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances))
 
 
 def _edge_weights(look: Finished) -> Axes:
     edges, pairs = look.graphs.edges, look.graphs.representation.names
-    teachers = edges.teachers[:, look.videos.training_rows]
+    teachers = edges.teachers[:, look.bank.cases(look.videos.training_rows)]
     _, axes = plt.subplots(2, figsize=(5.6, 6.4))
     for ax, what, names, mean, last in (
         # pairs first: the room that their names take makes both plots lower
@@ -115,15 +124,18 @@ def _edge_weights(look: Finished) -> Axes:
 def _embeddings(look: Finished) -> Axes | None:
     if len(look.test) < 5:  # UMAP needs neighbours
         return None
-    weights = look.graphs.edges.teachers[-1][look.videos.training_rows].mean(0)
+    weights = look.graphs.edges.teachers[-1][look.bank.cases(look.videos.training_rows)].mean(0)
     best, names = int(weights.argmax()), look.videos.label_names
     shown = {
         f"teacher: {look.bank.teachers[best]}": look.bank.features_at(look.test)[best],
         f"student: {look.student['label']}": look.outputs["features"][look.test],
     }
     _, axes = plt.subplots(1, 2, figsize=(6.75, 3.0))
+    labels = look.videos.labels[look.test]
+    if labels.ndim == 2:  # the first class that a video shows
+        labels = torch.where((labels > 0).any(1), labels.argmax(1), -1)
     for ax, (title, features) in zip(axes, shown.items(), strict=True):
-        plots.plot_embedding(plots.embed(features), look.videos.labels[look.test], names, ax)
+        plots.plot_embedding(plots.embed(features), labels, names, ax)
         ax.set_title(title)
     if legend := axes[0].get_legend():  # one for both
         legend.remove()

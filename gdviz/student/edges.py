@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from gdviz import graphs as g
 from gdviz.config import Distillation
 from gdviz.config import Edges as EdgesConfig
-from gdviz.core.files import load_tensors, meta_of, save_tensors
+from gdviz.core.files import UserError, load_tensors, meta_of, save_tensors
 from gdviz.graphs import LogitsGraph, RepresentationGraph
 from gdviz.graphs.costs import normalise_cost
 from gdviz.student.routing import route
@@ -29,7 +29,7 @@ SCALED_BY = 10_000  # videos that tell the scale of features, which may be large
 
 @dataclass(frozen=True)
 class Edges:
-    """Edge weights at R moments of a training; rows n are videos."""
+    """Edge weights at R moments of a training, on cases n of the bank."""
 
     teachers: Float[Tensor, "r n k"]
     consensus: Float[Tensor, "r n c"]
@@ -104,7 +104,10 @@ def learn_edges(
         g.closed_form(c, eta=cfg.eta, log_prior=gate(probs).log().detach(), floor=cfg.floor)
         for gate in gates
     )
-    rows = torch.arange(len(labels)) if rows is None else rows
+    rows = torch.arange(len(bank.fold)) if rows is None else rows
+    if cfg.components and bank.cases_each > 1:
+        needs = "routing needs one label a video; take --distillation.edges.components 0"
+        raise UserError(f"--distillation.edges.components {cfg.components}: {needs}")
     found = route(bank, rows, cfg.components, seed=seed) if cfg.components else gated
     rng = Generator().manual_seed(seed)
     weights, consensus, temperatures, pairs, agreement = [], [], [], [], []
@@ -140,12 +143,12 @@ def _consensus(
 
 def _pair_agreement(bank: Bank, graph: RepresentationGraph, rng: Generator) -> Tensor:
     """Mean over folds of the CKA of pairs and labels, on half of each fold: [e]."""
-    known, found = (bank.labels >= 0).nonzero().squeeze(1), []
+    known, found = (bank.fold >= 0).nonzero().squeeze(1), []
     for fold in range(int(bank.fold.max()) + 1):
         rows = known[bank.fold[known] == fold]
         rows = rows[torch.randperm(len(rows), generator=rng)[: max(4, len(rows) // 2)]]
         grams = graph.pair_grams(bank.features_at(rows, held=True))
-        found.append(g.pair_alignment(grams, bank.labels[rows]))
+        found.append(g.pair_alignment(grams, bank.targets[rows]))
     return torch.stack(found).mean(0) if found else torch.zeros(len(graph.pairs))
 
 

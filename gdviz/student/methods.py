@@ -48,11 +48,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's clips as the student sees them."""
+    """One step's clips as the student sees them.
+
+    Where videos have several labels, cases are classes of videos, "is it there?"; else q = b.
+    """
 
     rows: Int[Tensor, " b"]  # their videos
     clips: Int[Tensor, " b"] | None  # which clip of its video each is; None: any
-    logits: Float[Tensor, "b c"]
+    logits: Float[Tensor, "q c"]  # of their cases
     features: Float[Tensor, "b d"]
     rng: Generator
 
@@ -126,7 +129,10 @@ class ThroughLogitsGraph(Method):
         self.logits_graph = copy.deepcopy(setting.graphs.logits)
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        probs, at = self.softened(batch, bank, edges.temperatures[moment]), (moment, batch.rows)
+        probs, at = (
+            self.softened(batch, bank, edges.temperatures[moment]),
+            (moment, bank.cases(batch.rows)),
+        )
         weights, consensus = batch.to(edges.teachers[at]), batch.to(edges.consensus[at])
         return {"logits": self.logits_graph.loss(batch.logits, probs, weights, consensus)}
 
@@ -143,8 +149,11 @@ class ThroughRepresentationGraph(Method):
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
         features = [batch.to(f) for f in bank.features_at(batch.rows, batch.clips)]
-        consensus, pairs = batch.to(edges.consensus[moment, batch.rows]), edges.pairs[moment]
-        return {"repr": self.graph.loss(batch.features, features, consensus, batch.to(pairs))}
+        consensus, pairs = edges.consensus[moment, bank.cases(batch.rows)], edges.pairs[moment]
+        if bank.cases_each > 1:
+            consensus = consensus[:, 1].unflatten(0, (len(batch.rows), -1))  # what is there
+        args = features, batch.to(consensus), batch.to(pairs)
+        return {"repr": self.graph.loss(batch.features, *args)}
 
 
 class ThroughBothGraphs(ThroughRepresentationGraph):
@@ -186,12 +195,13 @@ class KDByLearnedEdges(Method):
 
     label, terms = "learned edges (KD)", ("kd",)
 
-    fixed: Float[Tensor, "n k"] | None = None  # other weights, known before the training
+    fixed: Float[Tensor, "m k"] | None = None  # other weights, known before the training
     calibrated: Float[Tensor, " k"] | None = None  # temperatures under those
 
     def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
-        """Return the teachers' weights ``[b, k]`` on these clips."""
-        return (edges.teachers[moment] if self.fixed is None else self.fixed)[batch.rows]
+        """Return the teachers' weights ``[q, k]`` on these cases."""
+        every = edges.teachers[moment] if self.fixed is None else self.fixed
+        return every[bank.cases(batch.rows)]
 
     def temperatures(self, edges: Edges, moment: int) -> Tensor | None:
         """Return what divides each teacher's logits, where its weights were known before."""
@@ -229,8 +239,9 @@ class KDByPolicy(KDByLearnedEdges):
         if not self.follows:
             return super().weights(batch, bank, edges, moment)
         student = torch.softmax(batch.logits.detach() / self.cfg.temperature, 1)
-        probs = bank.probs(self.cfg.temperature)[batch.rows].to(student)
-        return type(self).policy(probs, batch.to(bank.labels[batch.rows]), student)
+        cases = bank.cases(batch.rows)
+        probs = bank.probs(self.cfg.temperature)[cases].to(student)
+        return type(self).policy(probs, batch.to(bank.labels[cases]), student)
 
 
 class KDByOne(KDByLearnedEdges):
@@ -313,7 +324,7 @@ class DKD(FromBest):
     label, terms = "DKD", ("dkd",)
 
     def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
-        known = batch.to(bank.labels[batch.rows])
+        known = batch.to(bank.labels[bank.cases(batch.rows)])
         labels = torch.where(known >= 0, known, logits.argmax(1))
         return losses.decoupled_kd_loss(batch.logits, logits, labels, self.cfg.temperature)
 

@@ -27,6 +27,7 @@ from gdviz.core import distributed, files
 from gdviz.core.files import UserError, meta_of
 from gdviz.data.clips import multi_views
 from gdviz.data.videos import VideoSet
+from gdviz.graphs import two_class
 
 PART = 4096  # videos of a file: the unit of resumption
 VERSION = 2  # raise when what is kept changes
@@ -70,6 +71,15 @@ def calibration_temperature(
     weights = torch.ones(len(labels)) if weights is None else weights
     each = [cross_entropy(logits / t, labels, reduction="none") for t in grid]
     return float(grid[(torch.stack(each) @ weights).argmin()])
+
+
+def as_cases(
+    logits: Float[Tensor, "n c"], labels: Int[Tensor, "n ..."]
+) -> tuple[Float[Tensor, "m d"], Int[Tensor, " m"]]:
+    """Return logits and labels; where videos have several labels, a case a class: is it there?"""
+    if labels.ndim == 1:
+        return logits, labels
+    return two_class(logits).flatten(0, 1), labels.flatten()
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ def read_out(
         parts.append(part)
     train = videos.rows("train")
     logits = Readout(parts).at("logits", train)
-    readout = Readout(parts, calibration_temperature(logits, videos.labels[train]))
+    readout = Readout(parts, calibration_temperature(*as_cases(logits, videos.labels[train])))
     if folder and distributed.first():
         save_readout(folder, readout, videos, view, stamp)
     return readout
@@ -238,14 +248,34 @@ def open_readout(folder: Path, videos: VideoSet, view: View) -> Readout:
 
 @dataclass(frozen=True)
 class Bank:
-    """What K frozen teachers say of every video of a set; rows are videos."""
+    """What K frozen teachers say of every video of a set.
+
+    A case m is a video; where videos have several labels it is a class of a video, "is it there?".
+    """
 
     teachers: tuple[str, ...]
     readouts: tuple[Readout, ...]  # what each said, by clip
-    logits: Float[Tensor, "n k c"]  # calibrated means over clips
-    labels: Int[Tensor, " n"]  # of the labelled training part, else -1: no other is passed on
+    logits: Float[Tensor, "m k c"]  # calibrated means over clips
+    labels: Int[Tensor, " m"]  # of the labelled training part, else -1: no other is passed on
     fold: Int[Tensor, " n"]  # cross-fitting fold of a labelled video, else -1
     dealt: Int[Tensor, " n"] | None = None  # the video that row i is told of, where shuffled
+
+    @property
+    def cases_each(self) -> int:
+        """Return the number of cases of a video."""
+        return len(self.labels) // len(self.fold)
+
+    def cases(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " q"]:
+        """Return the cases of these videos, in order."""
+        each = self.cases_each
+        return (rows[:, None] * each + torch.arange(each, device=rows.device)).flatten()
+
+    @property
+    def targets(self) -> Int[Tensor, "n ..."]:
+        """Return the labels by video, as those of the set."""
+        return (
+            self.labels if self.cases_each == 1 else self.labels.unflatten(0, (len(self.fold), -1))
+        )
 
     @property
     def dims(self) -> list[int]:
@@ -257,15 +287,15 @@ class Bank:
         """Features of the videos that each teacher was trained on, where it had its own."""
         return tuple(readout.home for readout in self.readouts)
 
-    def probs(self, temperature: float | Float[Tensor, " k"] = 1.0) -> Float[Tensor, "n k c"]:
+    def probs(self, temperature: float | Float[Tensor, " k"] = 1.0) -> Float[Tensor, "m k c"]:
         """Return ``softmax(logits / temperature)``; one for all teachers, or one each."""
         each = torch.as_tensor(temperature).expand(len(self.teachers))
         return torch.softmax(self.logits / each[:, None], dim=-1)
 
-    def recalibrated(self, weights: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
+    def recalibrated(self, weights: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
         """Return what divides each teacher's logits so that they are calibrated where it counts.
 
-        ``argmin_t sum_n w_nk CE(z_nk / t, y_n)`` over labelled videos: a specialist, unsure on the
+        ``argmin_t sum_n w_nk CE(z_nk / t, y_n)`` over labelled cases: a specialist, unsure on the
         whole, may be sure at home.
         """
         known = self.labels >= 0
@@ -275,12 +305,11 @@ class Bank:
         each = range(len(self.teachers))
         return torch.tensor([calibration_temperature(z[:, k], y, w[:, k]) for k in each])
 
-    def logits_at(self, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b k c"]:
-        """Return calibrated logits of these videos, or of clip ``clips[i]`` of each."""
+    def logits_at(self, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "q k c"]:
+        """Return calibrated logits of these videos' cases, or of clip ``clips[i]`` of each."""
         if clips is None:
-            return self.logits[rows]
-        told = self._told(rows)
-        return torch.stack([r.at("logits", told, clips) / r.temperature for r in self.readouts], 1)
+            return self.logits[self.cases(rows)]
+        return _logits(self.readouts, self._told(rows), clips, self.cases_each > 1)
 
     def features_at(
         self, rows: Tensor, clips: Tensor | None = None, *, held: bool = False
@@ -294,9 +323,9 @@ class Bank:
 
     def shuffled(self, rows: Tensor, seed: int) -> Bank:
         """Return the control: what is known of the videos in ``rows``, dealt to wrong ones."""
-        order = torch.arange(len(self.labels))
+        order = torch.arange(len(self.fold))
         order[rows] = rows[torch.randperm(len(rows), generator=Generator().manual_seed(seed))]
-        return replace(self, logits=self.logits[order], dealt=self._told(order))
+        return replace(self, logits=self.logits[self.cases(order)], dealt=self._told(order))
 
     def with_impostors(self) -> Bank:
         """Return the bank with a constant teacher and a liar, who shifts the last one's classes."""
@@ -312,16 +341,29 @@ class Bank:
         )
 
     def best_teacher(self) -> int:
-        """Return which teacher is most often right out of fold: a choice without test labels."""
+        """Return which teacher is most often right out of fold: a choice without test labels.
+
+        Where most cases are "not there", the one that is least surprised by the labels.
+        """
         known = self.labels >= 0
-        right = (self.logits[known].argmax(-1) == self.labels[known, None]).float().mean(0)
-        return int(right.argmax())
+        logits, labels = self.logits[known], self.labels[known]
+        if self.cases_each > 1:
+            wrong = [cross_entropy(z, labels) for z in logits.unbind(1)]
+            return int(torch.stack(wrong).argmin())
+        return int((logits.argmax(-1) == labels[:, None]).float().mean(0).argmax())
+
+
+def _logits(
+    readouts: Sequence[Readout], rows: Tensor, clips: Tensor | None, several: bool
+) -> Float[Tensor, "m k c"]:
+    said = [readout.at("logits", rows, clips) / readout.temperature for readout in readouts]
+    return torch.stack([two_class(z).flatten(0, 1) if several else z for z in said], 1)
 
 
 def gather(readouts: dict[str, Readout], videos: VideoSet) -> Bank:
     """Return the bank of these teachers, by name."""
     every, each = torch.arange(len(videos.splits)), tuple(readouts.values())
-    logits = torch.stack([r.at("logits", every) / r.temperature for r in each], 1)
-    known = torch.isin(every, videos.rows("train"))
-    labels = torch.where(known, videos.labels, -1)
-    return Bank(tuple(readouts), each, logits, labels, each[0].fold)
+    labels = torch.full_like(videos.labels, -1)
+    labels[videos.rows("train")] = videos.labels[videos.rows("train")]
+    logits = _logits(each, every, None, labels.ndim > 1)
+    return Bank(tuple(readouts), each, logits, labels.flatten(), each[0].fold)

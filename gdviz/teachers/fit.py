@@ -19,7 +19,7 @@ from gdviz.core.loop import Bookkeeping, train
 from gdviz.data.clips import augment, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.teachers.backbones import Backbone, build_backbone
-from gdviz.teachers.bank import Readout, device_of, predict, read_out
+from gdviz.teachers.bank import Readout, as_cases, device_of, predict, read_out
 from gdviz.teachers.own import OwnBackbone, build_classifier, find_source
 
 
@@ -88,19 +88,22 @@ def fit(
         own, rng = distributed.deal(rows), distributed.own_generator(rng)
         clips = to_float(videos.clips(own, view.length, view.stride, rng).to(device))
         logits, _ = model(augment(clips.transpose(1, 2), rng))
-        return cross_entropy(logits, videos.labels[own].to(device)), {}
+        return cross_entropy(*as_cases(logits, videos.labels[own].to(device))), {}
 
     keep = Bookkeeping(checkpoint=checkpoint)
     train(model, step, rows, schedule, seed=seed, compiled=[backbone.trunk], keep=keep)
     return model
 
 
-def folds_of(labels: Int[Tensor, " n"], groups: list[str], folds: int, seed: int) -> Tensor:
+def folds_of(labels: Int[Tensor, "n ..."], groups: list[str], folds: int, seed: int) -> Tensor:
     """Return the fold of every labelled video; a group stays in one fold, classes are balanced.
+
+    Several labels a video are not balanced.
 
     Raises:
         ValueError: a class has one video only, or all videos are of one group.
     """
+    labels = labels if labels.ndim == 1 else torch.zeros(len(labels), dtype=torch.long)
     folds = min(folds, int(labels.bincount().min()), len(set(groups)))
     if folds < 2:
         raise ValueError("cross-fitting needs two labelled videos a class, in different groups")

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch.autograd import gradcheck
 
 from gdviz.graphs.costs import zero_one_cost
-from gdviz.graphs.logits import LogitsGraph, _importance, one_class_at_a_time
+from gdviz.graphs.logits import LogitsGraph, _importance, two_class
 from gdviz.graphs.transport import sinkhorn_divergence
 
 
@@ -167,11 +167,11 @@ def test_sets_of_labels_cost_one_class_at_a_time():
     sets = [torch.where(bits > 0, x, 1 - x).prod(-1) for x in (p, z.sigmoid())]
     exact = ot.emd2(*(s.numpy() for s in sets), torch.cdist(bits, bits, p=1).numpy())
     assert exact == pytest.approx(float((p - z.sigmoid()).abs().sum()))
-    logits, targets, _ = one_class_at_a_time(z[None], p[None, None], torch.ones(1, 1).double())
+    logits, targets = two_class(z), torch.stack([1 - p, p], -1)
 
     def cost(eps):
         q = logits.softmax(-1)
-        return float(sinkhorn_divergence(q, targets[:, 0], zero_one_cost(2), eps=eps).sum())
+        return float(sinkhorn_divergence(q, targets, zero_one_cost(2), eps=eps).sum())
 
     assert cost(0.01) == pytest.approx(exact, abs=0.05)
     assert cost(100.0) == pytest.approx(float((p - z.sigmoid()).pow(2).sum()), rel=0.02)
@@ -180,9 +180,15 @@ def test_sets_of_labels_cost_one_class_at_a_time():
 def test_multi_label_loss_and_consensus():
     graph = LogitsGraph(["a", "b"], zero_one_cost(2).double())
     z, p, w = normal(2, 3), torch.rand(2, 2, 3, dtype=torch.float64), simplex(2, 2)
-    b = graph.consensus(*one_class_at_a_time(z, p, w)[1:])
+    w = w.repeat_interleave(3, 0)
+
+    def cases(p):  # of teachers
+        return torch.stack([1 - p, p], -1).transpose(1, 2).flatten(0, 1)
+
+    b = graph.consensus(cases(p), w)
     between = (b[:, 1] > p.amin(1).flatten() - 1e-6) & (b[:, 1] < p.amax(1).flatten() + 1e-6)
     assert between.all()  # class by class
     agreed = (z / 2).sigmoid()[:, None].expand(2, 2, 3)
-    assert graph.loss(*one_class_at_a_time(z, agreed, w)) < 1e-6
-    assert graph.loss(*one_class_at_a_time(z, p, w)) > 1e-3
+    logits = two_class(z).flatten(0, 1)
+    assert graph.loss(logits, cases(agreed), w) < 1e-6
+    assert graph.loss(logits, cases(p), w) > 1e-3
