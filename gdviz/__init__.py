@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from gdviz.graphs import LogitsGraph, RepresentationGraph
     from gdviz.student.distill import distill
     from gdviz.student.edges import build_graphs, learn_edges
+    from gdviz.student.predict import load_student
     from gdviz.teachers.fit import fit_teacher, pretrain
 
 __version__ = "0.1.0"
 __all__ = ["PROFILES", "LogitsGraph", "Profile", "RepresentationGraph", "UserError", "build_graphs"]
-__all__ += ["distill", "fit_teacher", "learn_edges", "load_videos", "pretrain"]
+__all__ += ["distill", "fit_teacher", "learn_edges", "load_student", "load_videos", "pretrain"]
 _ROOMS = {
     "config": ("PROFILES", "Profile"),
     "core.files": ("UserError",),
@@ -25,6 +26,7 @@ _ROOMS = {
     "graphs": ("LogitsGraph", "RepresentationGraph"),
     "student.distill": ("distill",),
     "student.edges": ("build_graphs", "learn_edges"),
+    "student.predict": ("load_student",),
     "teachers.fit": ("fit_teacher", "pretrain"),
 }
 

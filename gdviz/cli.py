@@ -11,10 +11,12 @@ USAGE = """usage: gdviz run [--profile NAME] [--data DIR] [--out DIR] [options]
        gdviz report DIR                   means, intervals and contrasts of an experiment
        gdviz evaluate RUN                 linear probe, retrieval, calibration, accuracy by class
        gdviz figures RUN [--out DIR]      draw the figures of a finished run again
+       gdviz export RUN --out DIR         its student as ONNX, with labels and a model card
+       gdviz predict DIR VIDEO...         label videos with an exported student
        gdviz data check DIR [options]     what is there of a data set, what cannot be read
 
 gdviz COMMAND --help lists a command's options."""
-COMMANDS = ("run", "experiment", "report", "evaluate", "figures", "data")
+COMMANDS = ("run", "experiment", "report", "evaluate", "figures", "export", "data")
 
 
 def main() -> None:
@@ -22,6 +24,11 @@ def main() -> None:
     command, *words = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
+    elif command == "predict":  # needs no PyTorch
+        try:
+            sys.exit(import_module("gdviz.student.predict").main(words))
+        except ModuleNotFoundError as error:
+            sys.exit(f"gdviz: {error}; pip install 'gdviz[predict]'")
     elif command not in COMMANDS:
         print(USAGE, file=sys.stderr)
         sys.exit(2)

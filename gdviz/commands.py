@@ -25,6 +25,7 @@ from gdviz.data.official import SOURCES, describe, read_official, save_list
 from gdviz.data.verified import verified
 from gdviz.experiment import grid, steps
 from gdviz.experiment.estimate import estimate
+from gdviz.experiment.export import export
 from gdviz.experiment.folder import Run, default_folder, open_run
 from gdviz.experiment.report import report
 from gdviz.experiment.tables import evaluation, table
@@ -157,6 +158,23 @@ def _evaluate(run: tyro.conf.Positional[Path], device: str = "auto") -> None:
     print(evaluation(replace(open_run(run), device=_device(device))))
 
 
+def _export(
+    run: tyro.conf.Positional[Path], out: Path, method: str = "", seed: int | None = None
+) -> None:
+    """Write a finished run's student as ONNX, quantised too, with labels and a model card.
+
+    Args:
+        out: folder; one that holds an export is replaced
+        method: by default the headline's
+        seed: by default the first one
+    """
+    card = export(open_run(run), out, method, seed)
+    print(f"{out}: {card['name']}, right on {card['accuracy']:.1f} % of the test videos")
+    print(f"ONNX and PyTorch differ by {card['parity']:.1e} at most")
+    print(f"int8 answers alike on {card['agreement']:.1f} % of the test videos")
+    print(f"next: gdviz predict {out} VIDEO...")
+
+
 def _check(
     folder: tyro.conf.Positional[Path],
     lists: Path | None = None,
@@ -225,6 +243,7 @@ def execute(command: str, words: list[str]) -> None:
             "report": _report,
             "evaluate": _evaluate,
             "figures": _figures,
+            "export": _export,
             "data check": _check,
         }
         if command not in commands:

@@ -1,0 +1,110 @@
+"""Exports: the same answers as PyTorch's, whole folders only, and a card that tells the truth."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gdviz.core.files import UserError
+from gdviz.experiment import export as module
+from gdviz.experiment.export import export
+from gdviz.student import predict
+from gdviz.student.export import export_onnx, quantise
+from gdviz.student.family import build_student
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def made(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "student"
+    return out, export(finished, out)
+
+
+def test_the_folder_holds_models_labels_and_a_card(made, finished):
+    out, card = made
+    videos = finished.videos()
+    assert json.loads((out / "labels.json").read_text()) == list(videos.label_names)
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+    row = finished.results().set_index("name").loc["both-graphs"]
+    assert card["method"] == "both-graphs"
+    assert card["accuracy"] == pytest.approx(100 * row["accuracy"])
+    assert card["low"] < card["accuracy"] < card["high"] and card["parity"] < 1e-4
+    text = (out / "README.md").read_text()
+    assert f"{card['accuracy']:.1f} %" in text and "`both-graphs`" in text
+
+
+def test_its_answers_are_those_of_the_run(made, finished):
+    out, card = made
+    videos, student = finished.videos(), predict.load_student(out)
+    file = finished.student_folder(0, "both-graphs") / "outputs.safetensors"
+    logits = module.load_tensors(file)["logits"]
+    for row in videos.rows("test")[:6].tolist():
+        p = student.probabilities(videos.batch(torch.tensor([row]))[0].numpy())
+        expected = torch.softmax(logits[row] / card["temperature"], 0)
+        np.testing.assert_allclose(p, expected.numpy(), atol=1e-4)
+
+
+def test_another_method_is_exported_and_an_unknown_one_is_named(finished, tmp_path):
+    assert export(finished, tmp_path / "a", method="labels")["method"] == "labels"
+    assert export(finished, tmp_path / "a")["method"] == "both-graphs"  # replaces an export
+    with pytest.raises(UserError, match=r"no student 'lables'.*labels, kd-best"):
+        export(finished, tmp_path / "b", method="lables")
+    with pytest.raises(UserError, match="seeds 0"):
+        export(finished, tmp_path / "b", seed=7)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="holds no exported student"):
+        export(finished, tmp_path / "mine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "mine"]
+
+
+def test_nothing_is_left_where_onnx_answers_otherwise(finished, tmp_path, monkeypatch):
+    def wrong(classifier, clips, path):
+        other = build_student("tiny4", classifier.fc.out_features).eval()
+        export_onnx(other, clips, path)
+
+    monkeypatch.setattr(module, "export_onnx", wrong)
+    with pytest.raises(UserError, match="away from PyTorch"):
+        export(finished, tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_dimensional_convolutions_are_quantised_and_others_left(tmp_path):
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.deep = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(4, 4, 3)
+            self.fc = torch.nn.Linear(4, 2)
+
+        def forward(self, clips):
+            frames = self.flat(clips.transpose(1, 2).flatten(0, 1))
+            maps = frames.unflatten(0, (-1, clips.shape[2])).transpose(1, 2)
+            return self.fc(self.deep(maps).mean((2, 3, 4))), maps
+
+    torch.manual_seed(0)
+    clips = torch.randn(4, 3, 5, 9, 9)
+    export_onnx(Both(), clips, tmp_path / "a.onnx")
+    quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", [clips])
+    graph = onnx.load(tmp_path / "b.onnx").graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    kinds = [made_by.get(n.input[1], "") for n in graph.node if n.op_type == "Conv"]
+    assert sorted(kinds) == ["", "DequantizeLinear"]
+
+
+def test_several_labels_are_answered_one_by_one(made, finished):
+    out, _ = made
+    student = predict.load_student(out)
+    student.about = student.about | {"several": True}
+    frames = finished.videos().batch(torch.tensor([0]))[0].numpy()
+    logits = student.session.run(None, {"clips": np.zeros((1, 3, 4, 16, 16), np.float32)})[0]
+    assert logits.shape == (1, 12)
+    p = student.probabilities(frames)
+    assert ((p > 0) & (p < 1)).all() and p.sum() != pytest.approx(1)
+    view = replace(finished.profile.view)
+    assert student.about["size"] == view.size
