@@ -69,6 +69,12 @@ def test_wrong_arguments_are_named(gdviz, tmp_path, words, named):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_commands_that_need_no_onnx_run_without_it():
+    code = "import sys; sys.modules |= {'onnx': None, 'onnxruntime': None, 'onnxscript': None};"
+    code += "import gdviz.commands"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_wrong_types_and_unknown_flags_do_not_start(gdviz, tmp_path):
     for words in (("--seeds", "x"), ("--nonsense", "1"), ("--distillation.distance", "far")):
         code, text = gdviz("run", *words)

@@ -99,7 +99,7 @@ def test_both_lists_of_dependencies_are_equal():
 
 
 def test_declared_dependencies_are_those_imported():
-    extras = ("video", "figures", "notebooks", "cluster", "tensorboard")
+    extras = ("video", "figures", "notebooks", "cluster", "tensorboard", "export")
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
     names = {re.match(r"[\w-]+", line)[0] for line in lines} - {"gdviz"}
     declared = {IMPORTED_AS.get(name, name) for name in names}

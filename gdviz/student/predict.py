@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
-import onnxruntime
 from av.error import FFmpegError
 
 EXTENSIONS = {
@@ -122,6 +121,10 @@ class Student:
 
     def __init__(self, folder: Path | str, model: str = "model.onnx", threads: int = 0) -> None:
         """Open a folder that ``gdviz export`` wrote; raise CannotLabel if it is none."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise CannotLabel(f"{error}; pip install 'gdviz[predict]'") from None
         folder = Path(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
