@@ -1,20 +1,19 @@
 """Widgets: controls above a picture, thin shells over the graphs' functions and the plots.
 
 A widget *is* its method ``draw(axes, **values) -> numbers``; the rest, shared by all, connects it
-to controls. Every control has a name and answers to the keyboard.
+to controls on a page, with a kernel (``Explorer``) or without (``Explorer.static``).
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-import ipywidgets as ipw
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -28,6 +27,7 @@ from torch import Tensor
 from gdviz import graphs
 from gdviz.graphs import LogitsGraph, RepresentationGraph, TensorSketch, kernels
 from gdviz.show import plots
+from gdviz.show.static import Control, Page, block, log_scale, shown
 
 Probs = Float[Tensor, "clips teachers classes"]
 Labels = Int[Tensor, " clips"]  # -1 where unknown
@@ -40,31 +40,25 @@ ABOVE: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1)}
 
 
 class Explorer:
-    """Controls, a read-out and a picture that follow each other.
+    """Controls, a read-out and a picture that follow each other, with a kernel or without.
 
-    Subclasses define ``draw``. What it raises is shown in place of the read-out and raised again:
-    nothing fails in silence.
+    Subclasses define ``draw``; the first line of their docstring is the picture's name. What
+    ``draw`` raises is shown in place of the read-out and raised again: nothing fails in silence.
 
     Args:
-        controls: one ipywidget for each value of ``draw``; its description is its label.
+        controls: one for each value of ``draw``.
     """
 
     size = 9.0, 3.6  # of the picture, in inches
     panels = 2
 
-    def __init__(self, **controls: Any) -> None:
+    def __init__(self, **controls: Control) -> None:
         self.controls = controls
-        self.readout = ipw.HTML()
-        self.picture = ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
-        parts = [*controls.values(), self.readout, self.picture]
-        # Stretched to the page's width, a picture would be blurred.
-        self.widget = ipw.VBox(parts, layout=ipw.Layout(align_items="flex-start"))
-        for control in controls.values():
-            control.style = {"description_width": "11em"}
-            if not isinstance(control, ipw.ToggleButtons):
-                control.layout, control.continuous_update = ipw.Layout(width="32em"), False
-            control.observe(self.refresh, "value")
-        self.refresh()
+        self.title = (inspect.getdoc(self) or "").splitlines()[0]
+        pages = [control.page for control in controls.values()]
+        self.page = Page(title=self.title, controls=pages)
+        self.page.observe(self.refresh, "at")
+        self.move(**{name: control.start for name, control in controls.items()})
 
     def draw(self, axes: Panels, **values: Any) -> Numbers:
         """Draw for these values of the controls; return the read-out's numbers."""
@@ -81,35 +75,33 @@ class Explorer:
     @property
     def values(self) -> dict[str, Any]:
         """What the controls stand at."""
-        return {name: control.value for name, control in self.controls.items()}
+        controls = zip(self.controls.items(), self.page.at, strict=True)
+        return {name: control.values[at] for (name, control), at in controls}
+
+    def move(self, **values: Any) -> None:
+        """Set controls to some of their values, and show what they stand at."""
+        values = self.values | values if self.page.at else values
+        self.page.at = [list(c.values).index(values[name]) for name, c in self.controls.items()]
 
     def refresh(self, change: Any = None) -> None:
         """Show what the controls stand at; each of them calls it."""
-        self.readout.value = "<span role='status'>drawing …</span>"
+        at = {"at": self.page.at}
         try:
-            figure, numbers = self.show(**self.values)
-            buffer = io.BytesIO()
-            with plots.style():
-                figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+            self.page.shown = shown(self.title, *self.show(**self.values)) | at
         except Exception as error:
             text = html.escape(f"{type(error).__name__}: {error}")
-            self.readout.value = f"<b role='alert'>{text}</b> (the picture below is older)"
+            alert = f"<b role='alert'>{text}</b> (the picture is older)"
+            self.page.shown = {"picture": "", "alt": ""} | self.page.shown | {"readout": alert} | at
             raise
-        self.picture.value = buffer.getvalue()
-        words = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}
-        each = (f"{html.escape(k)} <b>{html.escape(v)}</b>" for k, v in words.items())
-        self.readout.value = f"<span role='status'>{' &nbsp;·&nbsp; '.join(each)}</span>"
+
+    def static(self) -> str:
+        """Return HTML of the explorer that needs no kernel, no server and no network."""
+        return block(self.title, self.controls, self.values, self.show)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """Return the live widget, and the picture for where no kernel runs."""
-        still = base64.b64encode(self.picture.value).decode()
-        return (self.widget._repr_mimebundle_() or {}) | {"image/png": still}
-
-
-def _choice(label: str, options: Names, value: str) -> ipw.ValueWidget:
-    """Return buttons: JupyterLab takes the arrow keys of a drop-down list for its own."""
-    look = {"style": {"button_width": "auto"}, "description": label}
-    return ipw.ToggleButtons(options=list(options), value=value, **look)
+        """Return the live explorer, and the one for where no kernel runs."""
+        live = self.page._repr_mimebundle_() or ({}, {})
+        return live[0] | {"text/html": self.static()}
 
 
 class PlanExplorer(Explorer):
@@ -122,11 +114,11 @@ class PlanExplorer(Explorer):
     def __init__(self, probs: Probs, names: Names, class_names: Names, cost: Cost) -> None:
         self.probs, self.names, self.class_names, self.cost = probs, list(names), class_names, cost
         super().__init__(
-            clip=ipw.IntSlider(0, 0, len(probs) - 1, description="clip"),
-            first=_choice("from teacher", names, names[0]),
-            second=_choice("to teacher", names, names[-1]),
-            eps=ipw.FloatLogSlider(0.1, min=-2, max=0, description="regularisation eps"),
-            temperature=ipw.FloatLogSlider(1, min=-0.3, max=1.3, description="temperature T"),
+            clip=Control("clip", range(len(probs)), 0),
+            first=Control("from teacher", names, names[0], kind="buttons"),
+            second=Control("to teacher", names, names[-1], still=6, kind="buttons"),
+            eps=Control("regularisation eps", log_scale(0.01, 1, 21), 0.1, still=3),
+            temperature=Control("temperature T", log_scale(0.5, 20, 17), 1.0, still=2),
         )
 
     def draw(
@@ -171,12 +163,12 @@ class EdgeExplorer(Explorer):
         self.agreement = graphs.evidence(probs, labels, cost, alpha=0.0)
         self.truth = graphs.evidence(probs, labels, cost, alpha=1.0)
         self.prior = graphs.teacher_prior(probs, labels, cost)
-        share = {"min": 0.0, "max": 1.0, "step": 0.05}
+        share = [k / 20 for k in range(21)]
         super().__init__(
-            eta=ipw.FloatLogSlider(0.1, min=-2, max=1, description="temperature eta"),
-            alpha=ipw.FloatSlider(0.5, **share, description="share of labels alpha"),
-            prior=ipw.FloatSlider(1, **share, description="strength of prior"),
-            floor=ipw.FloatSlider(0.05, **share, description="floor"),
+            eta=Control("temperature eta", log_scale(0.01, 10, 31), 0.1, still=5),
+            alpha=Control("share of labels alpha", share, 0.5, still=3),
+            prior=Control("strength of prior", share, 1.0, still=2),
+            floor=Control("floor", share, 0.05),
         )
 
     def weights(
@@ -210,10 +202,12 @@ class BandwidthExplorer(Explorer):
     ) -> None:
         self.student, self.labels, self.graph = student_features.detach(), labels, graph
         self.teachers, names = graph.teacher_vectors(teacher_features), graph.teachers
+        self.multiples = np.geomspace(0.01, 100, 17)
+        self.curves = cache(lambda pair: [self.mmd(pair, m)[1:] for m in self.multiples])
         super().__init__(
-            first=_choice("first of the pair", names, names[0]),
-            second=_choice("second of the pair", names, names[-1]),
-            multiple=ipw.FloatLogSlider(1, min=-2, max=2, description="bandwidth / median"),
+            first=Control("first of the pair", names, names[0], kind="buttons"),
+            second=Control("second of the pair", names, names[-1], still=4, kind="buttons"),
+            multiple=Control("bandwidth / median", log_scale(0.01, 100, 41), 1.0, still=9),
         )
 
     def mmd(self, pair: tuple[int, int], multiple: float) -> tuple[Tensor, float, float]:
@@ -244,10 +238,13 @@ class BandwidthExplorer(Explorer):
             sns.histplot(of[mask].numpy(), bins=bins, label=name, ax=left, **look)
         left.set(xlabel="kernel between two clips", ylabel="density", xlim=(0, 1))
         left.legend(ncols=3, **ABOVE)
-        grid = np.geomspace(0.01, 100, 17)
-        values, slopes = np.array([self.mmd(pair, m)[1:] for m in grid]).T
-        right.plot(grid, values / abs(values).max(), "o-", ms=4, label="MMD² / its maximum")
-        right.plot(grid, slopes / slopes.max(), "s--", ms=4, label="gradient norm / its maximum")
+        values, slopes = np.array(self.curves(pair)).T
+        right.plot(
+            self.multiples, values / abs(values).max(), "o-", ms=4, label="MMD² / its maximum"
+        )
+        right.plot(
+            self.multiples, slopes / slopes.max(), "s--", ms=4, label="gradient norm / its maximum"
+        )
         right.axvline(multiple, color=plots.INK, lw=1)
         right.set(xscale="log", xlabel="bandwidth / median squared distance")
         right.legend(ncols=2, **ABOVE)
@@ -266,8 +263,9 @@ class SketchExplorer(Explorer):
         graph.fit_scalers(pair)
         self.vectors, self.seed = graph.teacher_vectors(pair), seed
         self.exact = graph.pair_grams(pair)[0]
-        powers = {"base": 2, "min": 4, "max": 13, "step": 1}
-        super().__init__(size=ipw.FloatLogSlider(512, **powers, description="size of the sketch"))
+        self.sizes = [2**k for k in range(4, 14)]
+        self.errors = [self.sketched(size)[1] for size in self.sizes]
+        super().__init__(size=Control("size of the sketch", self.sizes, 512, still=10))
 
     def sketched(self, size: int) -> tuple[Float[Tensor, "clips clips"], float]:
         """Return the sketches' Gram matrix ``G``, and its error ``|G - exact| / |exact|``."""
@@ -275,24 +273,22 @@ class SketchExplorer(Explorer):
         gram = kernels.gram(sketch(self.vectors, [(0, 1)])[0])
         return gram, float((gram - self.exact).norm() / self.exact.norm())
 
-    def draw(self, axes: Panels, size: float) -> Numbers:
+    def draw(self, axes: Panels, size: int) -> Numbers:
         left, right = axes
-        gram, error = self.sketched(round(size))
+        gram, error = self.sketched(size)
         dots = {"ms": 3, "alpha": 0.5, "rasterized": True}
         left.plot(self.exact.flatten().numpy(), gram.flatten().numpy(), ".", **dots)
         left.axline((0, 0), slope=1, color=plots.INK, lw=1)
-        left.set(xlabel="exact inner product", ylabel=f"from sketches of size {round(size)}")
-        sizes = 2 ** np.arange(4, 14)
-        errors = [self.sketched(int(m))[1] for m in sizes]
-        right.loglog(sizes, errors, "o-", ms=4, label="this sketch")
-        root = errors[0] * (sizes / sizes[0]) ** -0.5
-        right.plot(sizes, root, ls=":", color=plots.FAINT, label="one over root of the size")
+        left.set(xlabel="exact inner product", ylabel=f"from sketches of size {size}")
+        right.loglog(self.sizes, self.errors, "o-", ms=4, label="this sketch")
+        root = self.errors[0] * (np.array(self.sizes) / self.sizes[0]) ** -0.5
+        right.plot(self.sizes, root, ls=":", color=plots.FAINT, label="one over root of the size")
         right.plot(size, error, "D", ms=9, color=plots.PALETTE[2], mec=plots.INK)
         right.set_xscale("log", base=2)
         right.set(xlabel="size of the sketch", ylabel="relative error of the Gram matrix")
         right.legend()
         outer = math.prod(v.shape[1] for v in self.vectors)
-        numbers = f"{round(size)} (outer product: {outer})"
+        numbers = f"{size} (outer product: {outer})"
         return {"relative error": error, "numbers a clip": numbers}
 
 
@@ -303,14 +299,11 @@ class MotionPlayer(Explorer):
 
     def __init__(self, videos: UInt8[np.ndarray, "n f h w 3"], titles: Names) -> None:
         self.videos, self.titles = videos, titles
-        last = videos.shape[1] - 1
+        clips, frames = map(range, videos.shape[:2])
         super().__init__(
-            clip=ipw.IntSlider(0, 0, len(videos) - 1, description="clip"),
-            frame=ipw.IntSlider(0, 0, last, description="frame"),
+            clip=Control("clip", clips, 0, still=3),
+            frame=Control("frame", frames, 0, still=20, kind="player"),
         )
-        self.play = ipw.Play(min=0, max=last, interval=125, repeat=True)
-        ipw.link((self.play, "value"), (self.controls["frame"], "value"))
-        self.widget.children = (self.play, *self.widget.children)
 
     def draw(self, axes: Panels, clip: int, frame: int) -> Numbers:
         axes[0].imshow(self.videos[clip, frame], interpolation="nearest")

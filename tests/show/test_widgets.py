@@ -1,13 +1,16 @@
 """Widgets: picture and read-out follow the controls, numbers are right, and errors are heard."""
 
 import base64
+import io
+import json
+import re
 import warnings
 
-import ipywidgets
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -15,7 +18,7 @@ from matplotlib.figure import Figure
 
 from gdviz import graphs
 from gdviz.graphs import RepresentationGraph, zero_one_cost
-from gdviz.show import plots, widgets
+from gdviz.show import plots, static, widgets
 from gdviz.student.weighting import entropic
 
 NAMES, CLASSES = ("order", "coherence", "registration"), ("left", "right", "up", "down")
@@ -55,8 +58,8 @@ MAKE = {
 CHANGES = {
     "plan": {"clip": 3, "first": NAMES[1], "second": NAMES[1], "eps": 0.5, "temperature": 4.0},
     "edges": {"eta": 1.0, "alpha": 0.0, "prior": 0.0, "floor": 0.5},
-    "bandwidth": {"first": "registration", "second": "order", "multiple": 8.0},
-    "sketch": {"size": 64.0},
+    "bandwidth": {"first": "registration", "second": "order", "multiple": 10.0},
+    "sketch": {"size": 64},
     "player": {"clip": 1, "frame": 2},
 }
 EACH_CHANGE = [(name, *change) for name, of in CHANGES.items() for change in of.items()]
@@ -70,63 +73,142 @@ def made():
 @pytest.mark.parametrize(("name", "control", "value"), EACH_CHANGE)
 def test_a_control_changes_the_picture_and_the_read_out_and_back(made, name, control, value):
     widget = made[name]
-    was, before = widget.values[control], (widget.readout.value, widget.picture.value)
-    widget.controls[control].value = value
+    was, before = widget.values[control], widget.page.shown
+    widget.move(**{control: value})
     assert widget.values[control] == value
-    assert widget.readout.value != before[0]
-    assert widget.picture.value != before[1]
-    widget.controls[control].value = was
-    assert (widget.readout.value, widget.picture.value) == before
+    assert widget.page.shown["at"] == widget.page.at
+    for part in ("picture", "readout", "alt"):
+        assert widget.page.shown[part] != before[part]
+    widget.move(**{control: was})
+    assert widget.page.shown == before
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_every_control_is_named_answers_keys_and_the_picture_stays_offline(made, name):
+def test_the_page_moves_the_explorer_by_numbers_of_values(made, name):
     widget = made[name]
-    assert "nan" not in widget.readout.value.lower()
-    assert all(control.description for control in widget.controls.values())
-    for control in widget.controls.values():
-        assert not isinstance(control, ipywidgets.Dropdown)  # JupyterLab takes its arrow keys
-        assert isinstance(control, ipywidgets.ToggleButtons) or control.readout
-    bundle = widget._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == widget.picture.value
-    assert widget.picture.value[:4] == b"\x89PNG"
-    view = bundle["application/vnd.jupyter.widget-view+json"]
-    assert view["model_id"] == widget.widget.model_id
-    parts = {*widget.controls.values(), widget.readout, widget.picture}
-    assert parts <= set(widget.widget.children)
+    before, shown = widget.page.at, widget.page.shown
+    for k, control in enumerate(widget.page.controls):
+        assert control["label"]
+        assert len(set(control["texts"])) == len(control["texts"]) > 1
+        widget.page.at = [
+            (at + (i == k)) % len(widget.page.controls[i]["texts"]) for i, at in enumerate(before)
+        ]
+        assert widget.page.shown["at"] == widget.page.at
+    widget.page.at = before
+    assert widget.page.shown == shown
+    assert "nan" not in shown["readout"].lower()
+
+
+def test_sliders_of_a_log_scale_say_the_value():
+    scale = static.log_scale(0.01, 1, 21)
+    assert (scale[0], scale[10], scale[-1]) == (0.01, 0.1, 1.0)
+    ratios = np.divide(scale[1:], scale[:-1])
+    assert ratios == pytest.approx(np.full(20, 10**0.1), rel=0.05)
+    texts = static.Control("eps", scale, 0.1).page["texts"]
+    assert (texts[0], texts[3], texts[-1]) == ("0.01", "0.02", "1")
 
 
 @pytest.mark.parametrize("name", MAKE)
 def test_show_is_pure(made, name):
     widget, settings = made[name], dict(mpl.rcParams)
-    before = widget.values, widget.readout.value, widget.picture.value
+    before = widget.values, widget.page.shown
     figure, numbers = widget.show(**widget.values | CHANGES[name])
     assert isinstance(figure, Figure)
     assert numbers
-    assert (widget.values, widget.readout.value, widget.picture.value) == before
+    assert (widget.values, widget.page.shown) == before
     assert dict(mpl.rcParams) == settings
     assert plt.get_fignums() == []  # pyplot never hears of it
 
 
 class Fragile(widgets.Explorer):
+    """A number."""
+
+    size, panels, limit = (1.0, 1.0), 1, 2
+
     def draw(self, axes, x):
-        if x > 2:
+        if x > self.limit:
             raise ValueError("x <b>too</b> large")
-        return {"x": x}
+        axes[0].bar(0, x)
+        return {"x </script>": x}
+
+
+def number(start=1, still=6):
+    return static.Control("x", range(6), start, still=still)
 
 
 def test_an_error_in_a_handler_is_raised_and_shown_then_forgotten():
-    widget = Fragile(x=ipywidgets.IntSlider(1, 0, 5, description="x"))
-    picture = widget.picture.value
+    widget = Fragile(x=number())
+    picture = widget.page.shown["picture"]
     with pytest.raises(ValueError, match="too"):
-        widget.controls["x"].value = 4
-    assert "ValueError: x &lt;b&gt;too" in widget.readout.value
-    assert "role='alert'" in widget.readout.value
-    assert widget.picture.value == picture
-    widget.controls["x"].value = 2
-    assert "alert" not in widget.readout.value
+        widget.move(x=4)
+    assert "ValueError: x &lt;b&gt;too" in widget.page.shown["readout"]
+    assert "role='alert'" in widget.page.shown["readout"]
+    assert widget.page.shown["picture"] == picture
+    assert widget.page.shown["at"] == [4]  # no longer drawing
+    widget.move(x=2)
+    assert "alert" not in widget.page.shown["readout"]
     with pytest.raises(ValueError, match="too"):
-        Fragile(x=ipywidgets.IntSlider(4, 0, 5, description="x"))
+        Fragile(x=number(4))
+    with pytest.raises(ValueError, match="too"):
+        widget.static()
+
+
+# without a kernel
+
+
+def table(block):
+    """What a block's script is given."""
+    data = block.rsplit("still(", 1)[1]
+    return json.JSONDecoder().raw_decode(data)[0]
+
+
+def test_without_a_kernel_each_place_of_the_controls_has_the_picture_the_kernel_draws(monkeypatch):
+    monkeypatch.setattr(Fragile, "limit", 99)
+    widget = Fragile(x=number())
+    data = table(widget.static())
+    assert data["at"] == [1]
+    for x, shown in enumerate(data["shown"]):
+        widget.move(x=x)
+        assert shown == {k: v for k, v in widget.page.shown.items() if k != "at"}
+        png = base64.b64decode(shown["picture"].partition(",")[2])
+        assert Image.open(io.BytesIO(png)).size == (110, 110)
+    assert len({shown["picture"] for shown in data["shown"]}) == 6
+
+
+@pytest.mark.parametrize("name", ["plan", "edges", "player"])
+def test_a_block_is_whole_small_and_starts_where_the_explorer_stands(made, name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(static, "MOST", 8)
+    monkeypatch.setattr(
+        static,
+        "shown",
+        lambda title, figure, numbers: (
+            calls.append(numbers)
+            or {"picture": f"data:,{len(calls)}", "alt": "a", "readout": json.dumps(numbers)}
+        ),
+    )
+    widget = made[name]
+    data = table(block := widget.static())
+    counts = [len(control["texts"]) for control in data["controls"]]
+    assert 1 < len(data["shown"]) == np.prod(counts) <= 8
+    first = data["shown"][int(np.ravel_multi_index(data["at"], counts))]
+    assert json.loads(first["readout"]) == widget.show(**widget.values)[1]
+    assert f'<img src="{first["picture"]}"' in block  # shown where scripts do not run
+    fixed = {control.label for control in widget.controls.values()}
+    fixed -= {control["label"] for control in data["controls"]}
+    assert all(label in block.rsplit("</script>", 1)[1] for label in fixed)
+    assert not re.search(r"https?://|\bimport\b|\bfetch\b|\bsrc=\"(?!data:)", block)
+    assert block.count("</script>") == 1
+
+
+def test_a_bundle_holds_the_live_explorer_and_the_block():
+    widget = Fragile(x=number(still=2))
+    widget.limit = 99
+    bundle = widget._repr_mimebundle_()
+    view = bundle["application/vnd.jupyter.widget-view+json"]
+    assert view["model_id"] == widget.page.model_id
+    assert bundle["text/html"] == widget.static()
+    assert static.SCRIPT in bundle["text/html"]
 
 
 def plan(explorer, *values):
@@ -202,15 +284,15 @@ def test_sketch_error_falls_with_size_and_the_global_seed_stays():
     explorer = widgets.SketchExplorer(features)
     state = torch.get_rng_state()
     errors = [explorer.sketched(m)[1] for m in (32, 512, 8192)]
+    assert [explorer.errors[k] for k in (1, 5, 9)] == errors
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
     torch.testing.assert_close(torch.get_rng_state(), state)
 
 
-def test_playing_moves_the_frame(made):
+def test_a_player_says_title_and_frame(made):
     player = made["player"]
-    player.play.value = 2
-    assert player.values["frame"] == 2
-    assert "3 of 3" in player.readout.value
-    player.controls["clip"].value = 1
-    assert "b &lt;i&gt;" in player.readout.value
-    player.controls["clip"].value = player.play.value = 0
+    assert player.page.controls[1]["kind"] == "player"
+    player.move(clip=1, frame=2)
+    assert "3 of 3" in player.page.shown["readout"]
+    assert "b &lt;i&gt;" in player.page.shown["readout"]
+    player.move(clip=0, frame=0)
