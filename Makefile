@@ -5,7 +5,7 @@ PROFILE ?= smoke
 BIN     = $(VENV)/bin
 RUN     = runs/$(PROFILE)
 
-.PHONY: demo table test test-slow lab notebooks figures lint types format clean
+.PHONY: demo table test test-slow test-browser lab site figures lint types format clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,12 +29,15 @@ test: $(VENV)/.test          ## the default test suite
 test-slow: $(VENV)/.test     ## the slow tests: kill and resume, real clips, every notebook
 	$(BIN)/python -m pytest -m slow
 
+test-browser: $(VENV)/.test  ## explorers in JupyterLab and on the site, in an installed Chromium
+	$(BIN)/pip install -q -e ".[browser]"
+	$(BIN)/python -m pytest -rs -m browser tests/browser
+
 lab: $(VENV)/.test           ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-notebooks: $(VENV)/.test     ## executes every notebook into build/notebooks, as HTML
-	env -u MPLBACKEND OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to html --execute \
-	    --ExecutePreprocessor.timeout=120 --output-dir build/notebooks notebooks/*.ipynb
+site: $(VENV)/.test          ## executes every notebook; build/site opens from disk, without a network
+	$(BIN)/python tools/build_site.py
 
 figures: $(VENV)/.core       ## rewrites figures/ from a run of general teachers
 	$(BIN)/gdviz run --profile $(PROFILE) --out $(RUN)
