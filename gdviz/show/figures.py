@@ -1,6 +1,7 @@
 """Figures of a finished run: graphs, edges and embeddings of its first seed, accuracy of all.
 
-They are made for a width of 5 to 7 inches: their text can be read there.
+They are made for a width of 5 to 7 inches: their text can be read there. The plots themselves may
+be 3.25 inches wide.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gdviz.core.files import load_json, load_tensors
+from gdviz.core.files import atomic, load_json, load_tensors
 from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run
 from gdviz.graphs import effective_number
@@ -170,9 +171,14 @@ FIGURES: dict[str, Callable[[Finished], Axes | None]] = {  # an axes of each fig
 def draw_figures(run: Run, out: Path) -> list[Path]:
     """Draw ``FIGURES`` of a finished run as PDF, SVG and PNG; return the files.
 
-    A figure that a run cannot fill is left out with a line.
+    A figure that a run cannot fill is left out with a line. Names of classes that figures shorten
+    are written to ``classes.txt``, with their numbers.
     """
     look, written = open_finished(run), []
+    if max(map(len, look.videos.label_names)) > plots.WHOLE:
+        lines = [f"{k} {name}\n" for k, name in enumerate(look.videos.label_names, 1)]
+        with atomic(out / "classes.txt") as file:
+            file.write_text("".join(lines), encoding="utf-8")
     with plots.style():
         for name, draw in FIGURES.items():
             if ax := draw(look):

@@ -6,8 +6,10 @@ by colour *and* width. ``save_figure`` is the only function that writes.
 
 from __future__ import annotations
 
+import math
+import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -57,8 +59,10 @@ STYLE: dict[Any, Any] = {
 style = partial(mpl.rc_context, STYLE)  # for a ``with`` block, or a decorator
 NUMBERED = 5  # teachers of a graph whose edges have room for numbers
 NAMED = 12  # lines or classes of which each has room for its name
-_VERTICES = {"teacher": ("o", 0), "consensus": ("D", 1), "student": ("s", 2)}  # marker, colour
+SMALL = 6  # points: the smallest text
+WHOLE = 14  # characters of a class's name that every matrix has room for
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+_RIGHT: dict[str, Any] = {"ha": "right", "va": "center"}
 _OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 _ON_WHITE = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.92}
 
@@ -117,32 +121,68 @@ def _name(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 
         ax.annotate(names[k], tuple(points[k]), place, **look, **_OFFSET)
 
 
+def short(name: str, most: int = 20) -> str:
+    """Return a name of at most ``most`` characters: of a longer one begin and end."""
+    end = most // 3
+    return name if len(name) <= most else f"{name[: most - end - 1]}…{name[-end:]}"
+
+
+def _points(ax: Axes) -> tuple[float, float]:
+    """Return a plot's width and height in points."""
+    figure_of(ax).draw_without_rendering()  # lays out
+    box, dpi = ax.get_window_extent(), figure_of(ax).dpi
+    return 72 * box.width / dpi, 72 * box.height / dpi
+
+
+def _length(ax: Axes, texts: Iterable[str], size: float) -> float:
+    """Return the length of the longest of texts, in points."""
+    drawn = [ax.text(0, 0, text, fontsize=size) for text in texts]
+    length = max(text.get_window_extent().width for text in drawn) * 72 / figure_of(ax).dpi
+    for text in drawn:
+        text.remove()
+    return length
+
+
+def _page(ax: Axes, norm: Normalize, over: bool, note: str) -> tuple[float, float, float]:
+    """Turn a plot into a page measured in points, with a colour bar and a note below.
+
+    Return its width, its height and the height of the note. The bar is pointed if a weight lies
+    beyond it.
+    """
+    look = {"extend": "max" if over else "neither", "shrink": 0.8, "pad": 0.02, "aspect": 25}
+    bar = ax.figure.colorbar(ScalarMappable(norm, WEIGHTS), ax=ax, label="edge weight", **look)
+    bar.ax.tick_params(labelsize=7)
+    ax.axis("off")
+    width, height = _points(ax)
+    ax.set(xlim=(0, width), ylim=(0, height))
+    lines = textwrap.wrap(note, max(20, int(width / 3.9)))
+    ax.text(width / 2, 0, "\n".join(lines), fontsize=7, ha="center", va="bottom")
+    return width, height, 10.0 * len(lines)
+
+
 def _edge(
     ax: Axes, a: Any, b: Any, share: float, gid: str, bend: float = 0.0, dashed: bool = False
 ) -> None:
     """Draw an edge; ``share`` is its weight as a share of the heaviest."""
-    look: dict[str, Any] = {"lw": 0.8 + 5.2 * share, "zorder": 1 + share}
+    look: dict[str, Any] = {"lw": 0.8 + 4.2 * share, "zorder": 1 + share}
     if dashed:
         look = {"lw": 0.6 + share, "ls": (0, (4, 3))}
     curve = {"arrowstyle": "-", "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0, "shrinkB": 0}
     ax.add_patch(FancyArrowPatch(a, b, color=WEIGHTS(share), gid=gid, **look, **curve))
 
 
-def _finish_graph(ax: Axes, at: Mapping[str, Any], norm: Normalize, over: bool, note: str) -> None:
-    """Draw vertices, a note below, and the colour bar, pointed if a weight lies beyond it."""
-    for name, place in at.items():
-        marker, colour = _VERTICES.get(name, _VERTICES["teacher"])
-        ax.scatter(*place, s=200, marker=marker, c=PALETTE[colour], ec=INK, lw=1, zorder=3)
-    look = {"extend": "max" if over else "neither", "shrink": 0.8, "pad": 0.02}
-    ax.figure.colorbar(ScalarMappable(norm, WEIGHTS), ax=ax, label="edge weight", **look)
-    ax.text(0.5, -0.02, note, transform=ax.transAxes, ha="center", va="top")
-    ax.set_aspect("equal")
-    ax.axis("off")
+def _vertices(ax: Axes, at: Mapping[str, Any], size: float) -> None:
+    """Draw teachers, each with its colour and marker, and what is no teacher in black and white."""
+    others = {"consensus": {"marker": "D", "c": "white"}, "student": {"marker": "s", "c": INK}}
+    for k, (name, place) in enumerate(at.items()):
+        look = others.get(name) or _look(k)
+        area = 150 if name in others else size**2
+        ax.scatter(*place, s=area, ec=INK, lw=1, zorder=3, **look)
 
 
 @style()
 def plot_logits_graph(graph: nx.Graph, ax: Place = None, *, vmax: float | None = None) -> Axes:
-    """Draw ``LogitsGraph.to_networkx``: teachers, their consensus and the student, left to right.
+    """Draw ``LogitsGraph.to_networkx``: teachers on the left, their consensus and the student.
 
     A teacher's weight stands beside its name: its edges to consensus and student both have it.
     Dashed are the couplings of two teachers, of up to ``NUMBERED`` of them. The colour bar ends at
@@ -153,92 +193,136 @@ def plot_logits_graph(graph: nx.Graph, ax: Place = None, *, vmax: float | None =
     weights = {edge["columns"]: edge["weight"] for edge in edges if edge["kind"] == "matching"}
     glued, student = 1 < len(weights) <= NUMBERED, "student" in graph
     ax = _axes(ax, 5.6, max(2.8, 0.8 + 0.22 * len(weights)))
-    at = {"consensus": (1.3, 0.0)} | ({"student": (2.6, 0.0)} if student else {})
-    heights = np.linspace(1, -1, len(weights))
-    at |= {name: (0.0, y) for name, y in zip(weights, heights, strict=True)}
     top = vmax or max(weights.values())
-    for edge in edges:
-        kind, a, b = edge["kind"], edge["rows"], edge["columns"]
-        around = 0.25 if at[b][1] >= 0 else -0.25  # from the student past the consensus
-        bend = {"matching": 0.0, "glued": 0.35, "distillation": around * (b != "consensus")}[kind]
-        if kind != "glued" or glued:
-            share = min(1.0, edge["weight"] / top)
-            _edge(ax, at[a], at[b], share, f"{kind}:{a}|{b}", bend, dashed=kind == "glued")
-    left = -0.45 if glued else -0.15
-    for name, weight in weights.items():
-        ax.text(left, at[name][1], f"{name}  {weight:.2f}", ha="right", va="center")
-    ax.annotate("consensus", at["consensus"], (6, -12), **_OFFSET)
-    if student:
-        ax.annotate("student", at["student"], (12, 0), **_OFFSET)
-        ax.text(1.95, 0.06, f"beta {graph.graph['beta']:.2f}", ha="center", va="bottom")
-    room = 0.78 + 0.08 * max(map(len, weights))  # for names
-    ax.set(xlim=(left - room, 3.3 if student else 1.9), ylim=(-1.15, 1.15))
     over = max(edge["weight"] for edge in edges) > top * (1 + 1e-6)
     note = "dashed: teacher to teacher, read off the joint coupling" if glued else ""
-    _finish_graph(ax, at, Normalize(0, top), over, note)
+    width, height, below = _page(ax, Normalize(0, top), over, note)
+    pitch = (height - below) / len(weights)
+    size, vertex = min(8.0, max(SMALL, 0.8 * pitch)), min(13.0, 0.75 * pitch)
+    names = {name: f"{short(name)}  {weight:.2f}" for name, weight in weights.items()}
+    names_end = _length(ax, names.values(), size) + 2
+    bend = 0.3 if glued else 0.0
+    first = names_end + vertex / 2 + 3 + bend / 2 * (height - below - pitch)
+    heights = height - pitch * (0.5 + np.arange(len(weights)))
+    at = {name: (first, y) for name, y in zip(weights, heights, strict=True)}
+    centre, last = (height + below) / 2, width - _length(ax, ["consensus"], 8) / 2 - 2
+    apart = min(0.25 * (height - below), 60) if student else 0
+    at |= {"consensus": (last, centre + apart)}
+    at |= {"student": (last, centre - apart)} if student else {}
+    for edge in edges:
+        kind, a, b = edge["kind"], edge["rows"], edge["columns"]
+        if kind != "glued" or glued:
+            share, dashed = min(1.0, edge["weight"] / top), kind == "glued"
+            _edge(ax, at[a], at[b], share, f"{kind}:{a}|{b}", bend * dashed, dashed)
+    for name, text in names.items():
+        ax.text(names_end, at[name][1], text, fontsize=size, **_RIGHT)
+    ax.text(last, at["consensus"][1] + 14, "consensus", bbox=_ON_WHITE, zorder=4, **_CENTRED)
+    if student:
+        ax.text(last, at["student"][1] - 14, "student", bbox=_ON_WHITE, zorder=4, **_CENTRED)
+        text = f"beta {graph.graph['beta']:.2f}"
+        ax.text(last, centre, text, fontsize=7, bbox=_ON_WHITE, zorder=4, **_CENTRED)
+    _vertices(ax, at, vertex)
     return ax
 
 
 @style()
 def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
-    """Draw ``RepresentationGraph.to_networkx`` over the teachers: an edge is a pair of them.
+    """Draw ``RepresentationGraph.to_networkx`` over the teachers, and the same as a matrix.
 
-    On an edge stand its learned weight and the pair's distance to the student's counterpart. Beyond
-    ``NUMBERED`` teachers both are in a matrix instead: weights below the diagonal, distances above.
+    An edge is a pair, its width and colour are the learned weight. In the matrix, beside the graph
+    or below it, stand weights below the diagonal and above it the distances of the pairs to the
+    student's counterparts; a single teacher's pair with itself has both in its cell.
     """
     pairs = {graph.nodes[p]["teachers"]: edge for _, p, edge in graph.edges("student", data=True)}
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    count, heaviest = len(names), max(edge["weight"] for edge in pairs.values())
     distance = {"mmd": "MMD²", "cka": "1 - CKA", "coral": "CORAL"}[graph.graph["distance"]]
-    if len(names) > NUMBERED:
-        values = pd.DataFrame(np.nan, names, names)
-        for (a, b), edge in pairs.items():
-            values.loc[b, a] = edge["weight"]
-        note = f"below the diagonal: learned weight; above: {distance} to the student"
-        ax = _heat(values, names, ("", note, "edge weight"), ax, WEIGHTS)
-        for (a, b), edge in pairs.items():
-            at = names.index(b) + 0.5, names.index(a) + 0.5
-            ax.text(*at, f"{edge['distance']:.2f}".lstrip("0"), fontsize=6, **_CENTRED)
-        return ax
-    ax = _axes(ax, 6.0, 4.0)
-    turn = np.pi / 2 + np.pi * (1 - 2 * np.arange(len(names))) / len(names)
-    at = dict(zip(names, np.stack([np.cos(turn), np.sin(turn)], 1), strict=True))
-    heaviest = max(edge["weight"] for edge in pairs.values())
+    note = f"below the diagonal: learned weight; above: {distance} to the student"
+    ax, norm = _axes(ax, 6.75, 3.4), Normalize(0, heaviest)
+    width, height, below = _page(ax, norm, False, note)
+    height -= below
+    beside = width > 1.2 * height
+    w, h = (width / 2, height) if beside else (width, height / 2)
+    left, low = (w, below) if beside else (0.0, below)  # of the matrix
+    size = 8.0 if count <= NUMBERED else 7.0
+    label = {name: short(name, 14) for name in names}
+    length = _length(ax, label.values(), size)
+
+    radius = min(w / 2 - length - 12, h / 2 - 18)
+    turn = np.pi / 2 - 2 * np.pi * np.arange(count) / count + (np.pi / 2 if count == 2 else 0)
+    centre = np.array([w / 2, low + h / 2 + (0 if beside else h)])
+    ways = np.stack([np.cos(turn), np.sin(turn)], 1)
+    at = dict(zip(names, centre + radius * ways * (count > 1), strict=True))
     for (a, b), edge in pairs.items():
-        if a != b:  # a single teacher's vertex is its ensemble with itself
+        if a != b:
             _edge(ax, at[a], at[b], edge["weight"] / heaviest, f"pair:{a}|{b}")
-        # the diagonals of a square meet in the middle
-        reach = 0.32 if len(names) == 4 and np.allclose(at[a], -at[b]) else 0.5
-        x, y = at[a] + reach * (at[b] - at[a]) + (0, 0.3 * (a == b))
-        text = f"{edge['weight']:.2f}\n{edge['distance']:.3f}"
-        ax.text(x, y, text, bbox=_ON_WHITE, zorder=4, **_CENTRED)
-    for name, (x, y) in at.items():
+    for name, (x, y) in zip(names, ways, strict=True):
         ha = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
-        ax.annotate(name, (x, y), (12 * x, 14 * y), ha=ha, **_OFFSET)
-    room = 1.2 + 0.065 * max(map(len, names))  # for names
-    ax.set(xlim=(-room, room), ylim=(-1.4, 1.2))
-    note = f"on an edge: learned weight, {distance} to the student"
-    _finish_graph(ax, at, Normalize(0, heaviest), False, note)
+        ax.annotate(label[name], at[name], (10 * x, 12 * y), fontsize=size, ha=ha, **_OFFSET)
+    _vertices(ax, at, 11.0)
+
+    side = min((w - length - 10) / count, (h - length - 10) / count, 44.0)
+    start = left + (w - length - side * count) / 2 + length
+    across = start + side * np.arange(count + 1)
+    down = low + h - 4 - side * np.arange(count + 1)
+    values = np.full((count, count), np.nan)
+    for (a, b), edge in pairs.items():
+        i, j = names.index(a), names.index(b)
+        values[j, i] = edge["weight"]
+        cells = {(j, i): f"{edge['weight']:.2f}", (i, j): f"{edge['distance']:.2f}"}
+        if i == j:
+            cells = {(i, i): f"{edge['weight']:.2f}\n{edge['distance']:.2f}"}
+        for (row, column), text in cells.items():
+            shade = norm(edge["weight"]) > 0.45 and row >= column
+            look = {"color": "white" if shade else INK, "fontsize": SMALL} | _CENTRED
+            ax.text(
+                across[column] + side / 2, down[row] - side / 2, text.replace("0.", "."), **look
+            )
+    ax.pcolormesh(across, down, values, cmap=WEIGHTS, norm=norm, zorder=0)
+    for k, name in enumerate(names):
+        look = {"fontsize": min(size, max(SMALL, 0.85 * side))}
+        ax.text(start - 3, down[k] - side / 2, label[name], **look, **_RIGHT)
+        turned = {"rotation": 45, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        ax.text(across[k] + side / 2, down[-1] - 6, label[name], **look, **turned)
     return ax
 
 
 def _heat(
     matrix: Any, labels: Names, about: Names, ax: Place, cmap: Any = "cividis", digits: int = 2
 ) -> Axes:
-    """Draw a matrix ``about`` rows, columns and values; of more than ``NAMED`` without numbers."""
-    ax, frame = _axes(ax, 5.2, 4.2), pd.DataFrame(_array(matrix), list(labels), list(labels))
-    few, step = len(labels) <= NAMED, 1 + (len(labels) - 1) // 30
+    """Draw a matrix ``about`` rows, columns and values, as many names and numbers as have room.
+
+    If a name is too long all are numbered and it is shortened; up to ``NAMED`` classes' whole names
+    are listed below.
+    """
+    ax = _axes(ax, 5.2, 4.2)
+    width, height = _points(ax)
+    most = max(WHOLE, min(24, int(0.05 * width)))
+    whole = [f"{k} {name}" for k, name in enumerate(labels, 1) if len(name) > most]
+    if whole:
+        labels = [f"{k} {short(name, most)}" for k, name in enumerate(labels, 1)]
+    listed = [textwrap.fill(name, int(width / 4)) for name in whole if len(labels) <= NAMED]
+    below = 8 * sum(name.count("\n") + 1 for name in listed)
+    length = 3.8 * max(map(len, labels))
+    room = min(width - length - 80, height - length - 30 - below)  # of the matrix
+    step, few = math.ceil(7.5 * len(labels) / max(room, 15)), len(labels) <= NAMED
+    numbered, size = few and room / len(labels) > 12, 8 if few and not whole else SMALL
+    frame = pd.DataFrame(_array(matrix), list(labels), list(labels))
     numbers = frame.map(lambda v: f"{v:.{digits}f}".lstrip("0") if round(v, digits) > 0 else "")
-    look = {"xticklabels": step, "yticklabels": step, "annot": numbers if few else None, "fmt": ""}
-    look |= {"annot_kws": {"fontsize": 6}, "cbar_kws": {"shrink": 0.8, "label": about[2]}}
-    sns.heatmap(frame, vmin=0, cmap=cmap, rasterized=True, ax=ax, **look)
+    look = {"annot": numbers if numbered else None, "fmt": "", "annot_kws": {"fontsize": SMALL}}
+    look |= {"cbar_kws": {"shrink": 0.8, "label": about[2]}, "rasterized": True, "ax": ax}
+    sns.heatmap(frame, vmin=0, cmap=cmap, xticklabels=step, yticklabels=step, **look)
     shades = ax.collections[0].to_rgba(frame.to_numpy()[frame.notna()])
-    for text, shade in zip(ax.texts, shades, strict=few):
+    for text, shade in zip(ax.texts, shades, strict=numbered):
         text.set_color(INK if shade[1] > 0.45 else "white")  # green: most of what the eye sees
-    size = 8 if few else 6
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     plt.setp(ax.get_xticklabels(), fontsize=size, **turned)
     plt.setp(ax.get_yticklabels(), fontsize=size, rotation=0)
-    ax.set(ylabel=about[0], xlabel=about[1])
+    ax.set_ylabel(about[0])
+    if listed:
+        ax.set_xlabel("\n".join([about[1], *listed]), fontsize=SMALL, loc="right")
+    else:
+        ax.set_xlabel(about[1])
     return ax
 
 
@@ -260,7 +344,7 @@ def plot_confusion(counts: Any, labels: Names, ax: Place = None) -> Axes:
     """Draw confusions ``[C, C]`` (rows: truth) as shares of a row; one without clips is empty."""
     counts = _array(counts).astype(float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return _heat(shares, labels, ("true class", "predicted class", "share of the true class"), ax)
+    return _heat(shares, labels, ("true class", "predicted class", "share of a row"), ax)
 
 
 def _lines(x: np.ndarray, series: np.ndarray, names: Names, ax: Axes) -> Axes:
@@ -347,9 +431,15 @@ def embed(features: Any, seed: int = 0) -> np.ndarray:
 
 
 def _models(results: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
-    """Return each model's name, first row and rows, in the order of first appearance."""
-    found = {}
+    """Return each model's name, first row and rows, in the order of first appearance.
+
+    A teacher has the look that it has in the graphs.
+    """
+    found, teachers = {}, results.query("kind == 'teacher'")["name"].drop_duplicates().tolist()
     for row in results.to_dict("records"):
+        if row["kind"] == "teacher":
+            k = teachers.index(row["name"])
+            row |= {"colour": k % 6, "marker": MARKERS[k % 11]}
         found.setdefault((row["kind"], row["name"]), []).append(row)
     role = {"teacher": "teacher: ", "student": ""}
     return [(role[r[0]["kind"]] + r[0]["label"], r[0], pd.DataFrame(r)) for r in found.values()]
@@ -379,7 +469,7 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
         above = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
         ax.text(100 * chance, 1, " chance", color=FAINT, **above)
     ax.set(yticks=[], ylim=(len(models) - 0.4, -0.6))
-    ax.set_xlabel("top-1 accuracy, % (mean ± standard deviation; ticks: seeds)")
+    ax.set_xlabel("top-1 accuracy, %\n(mean ± standard deviation; ticks: seeds)")
     return ax
 
 
@@ -388,18 +478,22 @@ def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None
     """Draw each model's mean accuracy against its cost, the column ``x``, on a log scale.
 
     ``x`` is latency_ms, params or gflops; other columns are :func:`plot_accuracy`'s. The cheaper
-    half is named on the left.
+    half is named on the left. In a narrow plot names are in a legend.
     """
     ax, (names, firsts, each) = _axes(ax), zip(*_models(results), strict=True)
     points = np.array([(rows[x].mean(), 100 * rows["accuracy"].mean()) for rows in each])
     colours = [PALETTE[model["colour"]] for model in firsts]
-    for point, model, colour in zip(points, firsts, colours, strict=True):
-        ax.scatter(*point, s=40, zorder=3, marker=model["marker"], c=colour, ec=INK, lw=0.6)
+    for point, model, colour, name in zip(points, firsts, colours, names, strict=True):
+        look = {"marker": model["marker"], "c": colour, "label": name}
+        ax.scatter(*point, s=40, zorder=3, ec=INK, lw=0.6, **look)
     costs = {"latency_ms": "latency, ms a clip", "params": "parameters", "gflops": "GFLOPs a clip"}
     ax.set(xscale="log", xlabel=costs[x], ylabel="top-1 accuracy, %")
     ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(ticker.EngFormatter(sep="") if x == "params" else "{x:g}")
     ax.xaxis.set_minor_formatter("")
+    if _points(ax)[0] < 260:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7)
+        return ax
     ax.margins(0.9, 0.15)
     cheap = points[:, 0] <= np.sqrt(points[:, 0].min() * points[:, 0].max())
     for side, half in ((-1, np.flatnonzero(cheap)), (1, np.flatnonzero(~cheap))):
