@@ -107,7 +107,7 @@ def test_declared_dependencies_are_those_imported():
     imported -= {*sys.stdlib_module_names, "gdviz"}
     with_others = {"IPython", "traitlets"}  # come with ipykernel
     assert imported - declared <= with_others, "imported, not declared"
-    for_notebooks = {"jupyterlab", "nbconvert", "ipykernel", "latex2mathml"}
+    for_notebooks = {"jupyterlab", "ipywidgets", "nbconvert", "ipykernel", "latex2mathml"}
     assert declared - imported <= {*for_notebooks, "tensorboard"}, "declared, not imported"
 
 
