@@ -1,15 +1,13 @@
-"""What every notebook opens with: ``setup()``, and ``check`` for its exercises."""
+"""What every notebook opens with, ``setup()``, and answers below its questions, ``reveal``."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +18,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from gdviz.config import METHODS, PROFILES, Profile
-from gdviz.core.files import UserError, load_jsonl, load_tensors
+from gdviz.core.files import UserError, load_json, load_jsonl, load_tensors
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet, load_motion
 from gdviz.experiment.folder import Run, open_run
@@ -62,11 +60,9 @@ class Session:
         return {name: x.float() for name, x in load_tensors(file).items()}
 
 
-def check(answer: Any, right: Callable[[Any], Any], hint: str) -> None:
-    """Print whether an answer is right (``...``: not given yet); AssertionError says the hint."""
-    if answer is not ...:
-        assert bool(right(answer)), hint
-    print("not answered yet" if answer is ... else "right")
+def reveal(text: str) -> None:
+    """Show the answer to a prediction, folded: what it says is computed above it."""
+    display(Markdown(f"<details><summary>Answer</summary>\n\n{text}\n\n</details>"))
 
 
 def find_run(root: Path) -> Run:
@@ -100,12 +96,18 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
     plt.switch_backend(mpl.get_backend())
     mpl.rcParams.update(plots.STYLE)
     device, run = "cuda" if torch.cuda.is_available() else "cpu", find_run(roots[0])
-    packed = " (no finished run under `runs/`)" if isinstance(run, Bundled) else ""
+    packed, held, data = "", "", load_json(run.folder / "summary.json")["data"]
+    if isinstance(run, Bundled):
+        packed = " (no finished run under `runs/`)"
+        held = f", of which {len(run.videos().labels)} are at hand"
     rows = {"Python": platform.python_version()}
     rows |= {name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")}
     rows |= {"device": device, "threads": str(torch.get_num_threads())}
     rows |= {"seed": str(seed), "profile": profile}
     rows["looking at"] = f"`{run.folder.relative_to(roots[0])}`{packed}"
+    videos = sum(data["videos"].values())
+    rows["its data"] = f"{data['name']}: {len(data['classes'])} classes, {videos} videos{held}"
+    rows["its teachers"] = ", ".join(run.profile.teachers.tasks)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     display(Markdown(f"| | |\n|---|---|\n{table}"))
     return Session(seed, PROFILES[profile], device, roots[0], run)
