@@ -5,7 +5,7 @@ PROFILE ?= smoke
 BIN     = $(VENV)/bin
 RUN     = runs/$(PROFILE)
 
-.PHONY: demo table test test-slow test-browser lab site figures lint types format clean
+.PHONY: demo table test test-slow lab notebooks course figures lint types format clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,9 @@ lab: $(VENV)/.test           ## JupyterLab on the notebooks
 
 site: $(VENV)/.test          ## executes every notebook; build/site opens from disk, without a network
 	$(BIN)/python tools/build_site.py
+
+course: $(VENV)/.test        ## the notebooks without solutions, and an instructor's page, into build/course
+	$(BIN)/python tools/course.py build/course
 
 figures: $(VENV)/.core       ## rewrites figures/ from a run of general teachers
 	$(BIN)/gdviz run --profile $(PROFILE) --out $(RUN)
