@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.rcsetup import cycler
 from scipy.optimize import isotonic_regression
+from threadpoolctl import threadpool_limits
 
 from gdviz.core.files import atomic
 from gdviz.experiment.tables import spread
@@ -423,7 +424,8 @@ def embed(features: Any, seed: int = 0) -> np.ndarray:
     It repeats itself on one kind of machine only.
     """
     x = _array(features)
-    with warnings.catch_warnings():
+    # numba sets the number of threads that PyTorch has, too: set back afterwards.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"umap|numba|pynndescent|sklearn")
         from umap import UMAP
 

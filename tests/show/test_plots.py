@@ -487,3 +487,10 @@ def test_the_palette_keeps_colours_apart_for_colour_blind_readers(eyes):
 def test_the_palette_is_dark_enough_for_white_paper():
     light = [linear(colour) @ (0.2126, 0.7152, 0.0722) for colour in plots.PALETTE]
     assert all(1.05 / (y + 0.05) > 2.9 for y in light)
+
+
+def test_an_embedding_leaves_pytorch_its_threads():
+    """numba sets them, and sums over other threads differ in the last digit."""
+    before = torch.get_num_threads()
+    plots.embed(torch.randn(12, 4))
+    assert torch.get_num_threads() == before
