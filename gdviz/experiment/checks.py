@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import torch
+from torch import nn
 
 from gdviz.config import Profile, Range
 from gdviz.core import distributed
 from gdviz.core.files import UserError
 from gdviz.data.motion import DOMAINS
 from gdviz.data.videos import VideoSet
+from gdviz.student.family import build_student
 from gdviz.student.methods import find_method
 from gdviz.teachers.backbones import build_backbone
 from gdviz.teachers.bank import stamp_of
@@ -60,14 +63,14 @@ def check_profile(profile: Profile) -> None:
                 f"{flag}: {schedule.batch} clips (and --distillation.labelled-batch {labelled}) "
                 f"cannot be dealt out evenly to {world} processes in {schedule.accumulate} parts"
             )
-    nets = {
-        "--teachers.backbone": teachers.backbone,
-        "--distillation.student": distillation.student,
+    nets: dict[str, tuple[str, Callable[[str], nn.Module]]] = {
+        "--teachers.backbone": (teachers.backbone, build_backbone),
+        "--distillation.student": (distillation.student, partial(build_student, classes=2)),
     }
-    for flag, name in nets.items():
+    for flag, (name, build) in nets.items():
         # On "meta" nothing is allocated, but sizes are checked.
         with _naming(f"{flag} {name}"), torch.device("meta"):
-            build_backbone(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
+            build(name).eval()(torch.zeros(1, 3, view.length, view.size, view.size))
 
 
 def check_ranges(settings: Any, prefix: str = "--") -> None:

@@ -71,6 +71,11 @@ class _Motion(nn.Module):
         return x * (x.square().mean((1, 2, 3, 4), keepdim=True) + 1e-6).rsqrt()
 
 
+def look(sees: str) -> list[nn.Module]:
+    """Return what a suffix puts before a network: n standardises a clip, m leaves what moves."""
+    return {"": [], "n": [nn.InstanceNorm3d(3)], "m": [_Motion()]}[sees]
+
+
 def _conv(inputs: int, outputs: int, size: int, space: int, time: int) -> list[nn.Module]:
     """Return a (2+1)D convolution (Tran et al. 2018): ``size`` pixels wide, then three frames."""
     edge, step = size // 2, (1, space, space)
@@ -100,8 +105,7 @@ def _tiny(width: int, sees: str) -> Backbone:
     labelled clips ``tiny16`` is right on 7, 24 (n) and 40 % (m) of the test clips, with all true
     labels for four epochs on 8, 53 and 61 % (one seed).
     """
-    first = {"": (), "n": (nn.InstanceNorm3d(3),), "m": (_Motion(),)}[sees]
-    stem = nn.Sequential(*first, *_conv(3, width, 5, 2, 1), nn.ReLU(inplace=True))
+    stem = nn.Sequential(*look(sees), *_conv(3, width, 5, 2, 1), nn.ReLU(inplace=True))
     sizes = ((1, 2, 2, 1), (2, 2, 1, 1), (2, 4, 2, 2))
     blocks = [_Block(n * width, m * width, space, time) for n, m, space, time in sizes]
     return Backbone(nn.Sequential(stem, *blocks), 4 * width)
