@@ -13,10 +13,11 @@ USAGE = """usage: gdviz run [--profile NAME] [--data DIR] [--out DIR] [options]
        gdviz figures RUN [--out DIR]      draw the figures of a finished run again
        gdviz export RUN --out DIR         its student as ONNX, with labels and a model card
        gdviz predict DIR VIDEO...         label videos with an exported student
+       gdviz bench [RUN] [options]        size and speed of its networks, of students and of others
        gdviz data check DIR [options]     what is there of a data set, what cannot be read
 
 gdviz COMMAND --help lists a command's options."""
-COMMANDS = ("run", "experiment", "report", "evaluate", "figures", "export", "data")
+COMMANDS = ("run", "experiment", "report", "evaluate", "figures", "bench", "export", "data")
 
 
 def main() -> None:

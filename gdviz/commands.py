@@ -1,8 +1,9 @@
-"""What ``gdviz run``, ``evaluate``, ``figures`` and ``data check`` do; arguments are flags."""
+"""What ``gdviz run``, ``evaluate``, ``bench`` and all others do; arguments are flags."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from argparse import ArgumentParser
@@ -18,19 +19,22 @@ import tyro
 from gdviz.config import PROFILES, Profile
 from gdviz.core import distributed
 from gdviz.core.cluster import Cluster
-from gdviz.core.files import UserError
+from gdviz.core.files import UserError, load_json, save_json
 from gdviz.core.processes import Stopped, WorkerDied
 from gdviz.data.listing import read_folder
 from gdviz.data.official import SOURCES, describe, read_official, save_list
 from gdviz.data.verified import verified
 from gdviz.experiment import grid, steps
+from gdviz.experiment.bench import YARDSTICKS, bench, bench_table, contenders
+from gdviz.experiment.checks import check_ranges
 from gdviz.experiment.estimate import estimate
 from gdviz.experiment.export import export
-from gdviz.experiment.folder import Run, default_folder, open_run
+from gdviz.experiment.folder import Run, default_folder, environment, open_run
 from gdviz.experiment.report import report
 from gdviz.experiment.tables import evaluation, table
 from gdviz.show.comparisons import draw_comparisons
 from gdviz.show.figures import draw_figures
+from gdviz.student.family import STUDENTS
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,45 @@ def _export(
     print(f"next: gdviz predict {out} VIDEO...")
 
 
+def _bench(
+    run: tyro.conf.Positional[Path | None] = None,
+    students: tuple[str, ...] = STUDENTS,
+    yardsticks: tuple[str, ...] = tuple(YARDSTICKS),
+    view: str = "",
+    threads: tuple[int, ...] = (1,),
+    compiled: bool = True,
+    exports: tuple[Path, ...] = (),
+    video: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Measure size and speed of a run's networks, of students and yardsticks, in turns.
+
+    Args:
+        run: finished run; without one, the networks and the view of the profile `paper`
+        students: more students, by name
+        yardsticks: networks to compare with; MODULE:NAME: of your own, by number of classes
+        view: frames x side x side of a clip, as 16x112x112; by default the run's
+        threads: numbers of CPU threads
+        compiled: by torch.compile, too
+        exports: folders of model.onnx and model-int8.onnx, for ONNX Runtime
+        video: a file; its decoding is measured along, too
+        out: JSON file of all that was measured
+    """
+    cfg = open_run(run).profile if run else PROFILES["paper"]
+    classes = len(load_json(run / "summary.json")["data"]["classes"]) if run else 101
+    sides = re.fullmatch(r"(\d+)x(\d+)x\2", view)
+    if (view and not sides) or min(threads, default=0) < 1:
+        raise UserError("--view is written as 16x112x112, and --threads are 1 or more")
+    seen = replace(cfg.view, length=int(sides[1]), size=int(sides[2])) if sides else cfg.view
+    check_ranges(seen, "--view.")
+    names = (cfg.distillation.student, *students)
+    models = contenders(cfg, names, yardsticks, seen, classes)
+    rows = bench(models, threads=threads, compiled=compiled, exports=exports, video=video)
+    if out:
+        save_json(out, {"machine": environment(), "rows": rows})
+    print(bench_table(rows))
+
+
 def _check(
     folder: tyro.conf.Positional[Path],
     lists: Path | None = None,
@@ -244,6 +287,7 @@ def execute(command: str, words: list[str]) -> None:
             "evaluate": _evaluate,
             "figures": _figures,
             "export": _export,
+            "bench": _bench,
             "data check": _check,
         }
         if command not in commands:

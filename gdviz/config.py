@@ -139,7 +139,7 @@ class Edges:
 class Distillation:
     """Training of the student through the graphs."""
 
-    student: str = "tiny8n"
+    student: str = "tiny8n"  # as teachers.backbone; or light-xs, -s, -m, -l, shift-small, causal-s
     schedule: Schedule = Schedule(epochs=24, batch=32, lr=1e-2, min_steps=20)
     # labelled clips a step, beside schedule.batch clips of the whole training part
     labelled_batch: Count = 8

@@ -1,8 +1,7 @@
-"""What is measured: accuracy, calibration, frozen features, size, speed, baselines."""
+"""What is measured: accuracy, calibration, frozen features, baselines."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +20,10 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from gdviz.config import View
 from gdviz.core.names import split_home
 from gdviz.data.clips import to_float
 from gdviz.data.videos import VideoSet
-from gdviz.teachers.bank import device_of
 
 AT_ONCE = 64  # videos that are held as floats
 
@@ -179,44 +175,6 @@ def calibration_error(
     which = (confidence * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins).index_add_(0, which, right - confidence)
     return (gap.abs().sum() / len(labels)).item()
-
-
-@torch.inference_mode()
-def footprints(
-    models: Sequence[tuple[nn.Module, View]], *, repeats: int = 15, batch: int = 8
-) -> tuple[list[dict[str, float]], Float[Tensor, "repeats models"]]:
-    """Return parameters, GFLOP and median latency of each model, and all latencies by round.
-
-    GFLOP (2 a multiply-add) are of a clip; latencies are ms a clip, of one thread or the model's
-    GPU. A round calls every model once, every other round in reverse: a machine that is busy for a
-    while slows all of them, and ratios within a round stay right. Two more rounds warm caches up.
-    """
-    costs, inputs, threads = [], [], torch.get_num_threads()
-    for model, view in models:
-        shape = batch, 3, view.length, view.size, view.size
-        inputs.append(torch.zeros(shape, device=device_of(model)))
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(inputs[-1][:1])
-        size = sum(p.numel() for p in model.parameters())
-        costs.append({"params": size, "gflops": counter.get_total_flops() / 1e9})
-    times = torch.zeros(repeats + 2, len(models))
-    torch.set_num_threads(1)
-    for turn in range(repeats + 2):
-        for k in sorted(range(len(models)), reverse=turn % 2 == 1):
-            start = time.perf_counter()
-            models[k][0](inputs[k])
-            if inputs[k].is_cuda:
-                torch.cuda.synchronize(inputs[k].device)
-            times[turn, k] = (time.perf_counter() - start) / batch * 1e3
-    torch.set_num_threads(threads)
-    for cost, latency in zip(costs, times[2:].quantile(0.5, 0).tolist(), strict=True):
-        cost["latency_ms"] = latency
-    return costs, times[2:]
-
-
-def footprint(model: nn.Module, view: View, **options: int) -> dict[str, float]:
-    """Return :func:`footprints` of one model."""
-    return footprints([(model, view)], **options)[0][0]
 
 
 def shortcut_baselines(videos: VideoSet) -> dict[str, float]:

@@ -16,6 +16,7 @@ from gdviz.core import distributed
 from gdviz.core.files import atomic, save_json, save_jsonl, save_tensors
 from gdviz.core.processes import over_processes
 from gdviz.data.videos import VideoSet
+from gdviz.experiment.bench import footprints
 from gdviz.experiment.checks import check_home, check_profile
 from gdviz.experiment.folder import Run, Workers, claim_folder, environment, is_done, save_results
 from gdviz.experiment.metrics import (
@@ -23,7 +24,6 @@ from gdviz.experiment.metrics import (
     at_home,
     audit,
     calibration_error,
-    footprints,
     scores,
     shortcut_baselines,
     target_accuracy,

@@ -14,12 +14,8 @@ from torchvision.models.mobilenetv3 import InvertedResidual
 from gdviz.core.files import UserError
 from gdviz.teachers.backbones import Backbone, Classifier, Clips, build_backbone, look
 
-SIZES = {  # channels after the stem, and residual blocks of each of the three stages
-    "xs": (16, (1, 1, 1)),
-    "s": (24, (1, 1, 1)),
-    "m": (32, (1, 1, 2)),
-    "l": (64, (1, 2, 3)),
-}
+# channels after the stem, and how many residual blocks each of three stages has
+SIZES = {"xs": (16, 1, 1, 1), "s": (24, 1, 1, 1), "m": (32, 1, 1, 2), "l": (64, 1, 2, 3)}
 STUDENTS = (*(f"light-{size}" for size in SIZES), "shift-small", "causal-s")
 
 State = tuple[Tensor, ...]  # of a stream: two past frames a block, sum of features, frames seen
@@ -32,42 +28,23 @@ def _step(step: int, size: int, least: int) -> int:
     return step
 
 
-class _Conv(nn.Conv2d):
-    """A convolution without bias that is told its stride at every call."""
-
-    def __init__(self, inputs: int, outputs: int, size: tuple[int, int], edge: tuple[int, int]):
-        super().__init__(inputs, outputs, size, bias=False)
-        self.edge = edge
-
-    def forward(self, x: Tensor, step: tuple[int, int]) -> Tensor:
-        return conv2d(x, self.weight, None, step, self.edge)
-
-
 class _Block(nn.Module):
     """A (2+1)D convolution (Tran et al. 2018) as two of 2D; residual where the shape stays.
 
     The first sees frames, folded into the batch, the second ``[time, pixels]``. In channels-last
-    memory one is a view of the other, and nothing is copied. ``space`` and ``time`` are strides,
-    smaller where less than ``least`` pixels of a side or frames would be left. A causal block sees
-    two frames back, the others one to each side.
+    memory one is a view of the other, and nothing is copied. Strides ``space`` and ``time`` are
+    smaller where few pixels of a side or frames would be left. A causal block sees two frames back,
+    the others one to each side.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int = 3,
-        *,
-        space: int = 1,
-        time: int = 1,
-        least: tuple[int, int] = (3, 4),
-        causal: bool = False,
+        self, inputs: int, outputs: int, space: int = 1, time: int = 1, causal: bool = False
     ) -> None:
         super().__init__()
-        self.space, self.time, self.least, self.causal = space, time, least, causal
-        self.skips, edge = inputs == outputs and space == time == 1, kernel // 2
-        self.across = _Conv(inputs, outputs, (kernel, kernel), (edge, edge))
-        self.along = _Conv(outputs, outputs, (3, 1), (0, 0) if causal else (1, 0))
+        self.space, self.time, self.causal = space, time, causal
+        self.skips, self.stem = inputs == outputs, inputs == 3
+        self.across = nn.Conv2d(inputs, outputs, 7 if self.stem else 3, bias=False)
+        self.along = nn.Conv2d(outputs, outputs, (3, 1), bias=False)
         self.norms = nn.ModuleList([nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)])
 
     def step(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,15 +53,17 @@ class _Block(nn.Module):
         None, and zeros, are the past of a first frame.
         """
         batch, _, frames, height, width = x.shape
-        space = _step(self.space, min(height, width), self.least[0])
-        time = _step(self.time, frames, self.least[1])
-        y = self.across(x.transpose(1, 2).flatten(0, 1), (space, space))
+        space = _step(self.space, min(height, width), 12 if self.stem else 3)
+        time = _step(self.time, frames, 8 if self.stem else 4)
+        y = x.transpose(1, 2).flatten(0, 1)
+        y = conv2d(y, self.across.weight, None, space, self.across.weight.shape[-1] // 2)
         y = torch.relu(self.norms[0](y))
         sides = y.shape[2:]
         y = y.unflatten(0, (batch, frames)).transpose(1, 2).flatten(3)  # [b, d, t, pixels]
         if self.causal:
             y = pad(y, (0, 0, 2, 0)) if past is None else torch.cat([past, y], 2)
-        new = self.norms[1](self.along(y, (time, 1))).unflatten(3, sides)
+        new = conv2d(y, self.along.weight, None, (time, 1), (0 if self.causal else 1, 0))
+        new = self.norms[1](new).unflatten(3, sides)
         return torch.relu(new + x if self.skips else new), y[:, :, -2:]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,15 +77,13 @@ def _light(size: str, sees: str = "", *, causal: bool = False) -> Backbone:
     of depthwise ones, so inverted residuals would save FLOPs and no time. The stem takes sides by
     four at once, where most of the pixels are. The one that streams keeps every frame.
     """
-    width, depths = SIZES[size]
+    width, *depths = SIZES[size]
     time = 1 if causal else 2
-    blocks = [_Block(3, width, 7, space=4, time=time, least=(12, 8), causal=causal)]
+    blocks = [_Block(3, width, 4, time, causal)]
     for stage, depth in enumerate(depths):
         channels = width * 2**stage
         if stage:
-            slower = time if stage == 2 else 1
-            block = _Block(channels // 2, channels, space=2, time=slower, causal=causal)
-            blocks.append(block)
+            blocks.append(_Block(channels // 2, channels, 2, time if stage == 2 else 1, causal))
         blocks += [_Block(channels, channels, causal=causal) for _ in range(depth)]
     return Backbone(nn.Sequential(*look(sees), *blocks), 4 * width)
 

@@ -6,9 +6,8 @@ import torch
 from conftest import memory_set
 from sklearn.model_selection import GridSearchCV
 
-from gdviz.config import View
 from gdviz.experiment import metrics
-from gdviz.experiment.metrics import footprints, linear_probe, retrieval, shortcut_baselines
+from gdviz.experiment.metrics import linear_probe, retrieval, shortcut_baselines
 
 
 def draw(*shape, seed=0):
@@ -87,47 +86,3 @@ def test_the_single_frame_that_is_judged_is_the_middle_one():
     pixels[1::2, 4, :6] = 255
     videos = memory_set(pixels, labels, ["train"] * 30 + ["test"] * 30)
     assert shortcut_baselines(videos)["single-frame"] > 0.9
-
-
-class Slow(torch.nn.Module):
-    """Takes ``work`` matrix products."""
-
-    def __init__(self, work):
-        super().__init__()
-        self.work, self.weight = work, torch.nn.Parameter(torch.eye(200))
-
-    def forward(self, clips):
-        assert torch.get_num_threads() == 1
-        for _ in range(self.work):
-            _ = self.weight @ self.weight
-        return clips
-
-
-def test_models_are_timed_in_turns_each_round_once():
-    called, models = [], [(Slow(work), View(size=8)) for work in (1, 2, 40)]
-    for k, (model, _) in enumerate(models):
-        model.register_forward_hook(lambda *_, k=k: called.append(k))
-    costs, times = footprints(models, repeats=6, batch=2)
-    assert called == [0, 1, 2, *[0, 1, 2, 2, 1, 0] * 4]  # counted once, warmed up twice
-    assert times.shape == (6, 3) and (times > 0).all()
-    assert [cost["latency_ms"] for cost in costs] == times.quantile(0.5, 0).tolist()
-    assert (times[:, 2] / times[:, 0]).median() > 5
-    assert costs[1]["params"] == 40_000 and costs[1]["gflops"] == 2 * 2 * 200**3 / 1e9
-
-
-def test_a_busy_machine_leaves_the_ratio_as_it_is(monkeypatch):
-    """Work takes nine times as long for a while, which is longer than a round."""
-    now, calls = [0.0], [0]
-
-    def work(units):
-        calls[0] += 1
-        now[0] += units * (9 if 7 < calls[0] < 20 else 1)
-
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    models = [(Slow(0), View(size=8)), (Slow(0), View(size=8))]
-    for (model, _), units in zip(models, (6, 2), strict=True):
-        model.register_forward_hook(lambda *_, units=units: work(units))
-    _, times = footprints(models, repeats=9)
-    ratios = times[:, 0] / times[:, 1]
-    assert times[:, 0].max() == 9 * times[:, 0].min()
-    assert ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist() == pytest.approx([3, 3, 3])
