@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gdviz import graphs
-from gdviz.experiment.metrics import footprint
+from gdviz.experiment.bench import footprint
 from gdviz.experiment.statistics import holm
 from gdviz.graphs import kernels
 from gdviz.teachers.bank import Bank
