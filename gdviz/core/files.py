@@ -24,6 +24,12 @@ class UserError(Exception):
     """A mistake that the user can mend: printed as one line, without a traceback."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """Return what an error of anybody's code says, in one line."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + next(iter(str(error).strip().splitlines()), "(no reason given)")
+
+
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` and rename it into place on success.

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from gdviz.core.files import UserError
+from gdviz.core.files import UserError, in_a_line
 
 
 def split_home(name: str) -> tuple[str, str]:
@@ -39,8 +39,8 @@ def resolve(name: str, known: Mapping[str, Any], what: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module)
-    except (ImportError, ValueError, TypeError) as error:  # no name of a module at all
-        raise UserError(f"{what} {name!r}: {error}") from error
+    except Exception as error:  # whatever a file of the user's raises
+        raise UserError(f"{what} {name!r}: {in_a_line(error)}") from error
     if not hasattr(found, attribute):
         near = _near(attribute, vars(found))
         raise UserError(f"{what} {name!r}: {module} has no {attribute!r}{near}")

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from gdviz.core.files import UserError
+from gdviz.core.files import UserError, in_a_line
 from gdviz.core.names import resolve, split_home
 from gdviz.teachers.backbones import Backbone, Classifier, Clips, Renormalise
 from gdviz.teachers.bank import device_of
@@ -135,7 +135,8 @@ class OwnBackbone(Backbone):
     Its ``repr`` and its weights tell all that its features depend on.
 
     Raises:
-        UserError: features are not [b, d].
+        UserError: logits or features are not one row a clip, which depends on that clip alone, or
+            are not finite: tried with two clips, and the shapes at every call.
     """
 
     fitted = False  # a head is wanted; see OwnClassifier
@@ -146,12 +147,15 @@ class OwnBackbone(Backbone):
         device, mode = device_of(self.trunk), self.trunk.training
         self.scale = Renormalise(view.mean, view.std).to(device)
         self.eval()
+        shape, rng = (2, 3, view.length, view.size, view.size), torch.Generator().manual_seed(0)
+        clips = torch.randn(shape, generator=rng).to(device)
         with torch.no_grad():
-            clip = torch.zeros(1, 3, view.length, view.size, view.size, device=device)
-            logits, features = self.read(clip)
+            (logits, features), (_, alone) = self.read(clips), self.read(clips[:1])
         self.train(mode)
-        if features.ndim != 2:
-            raise UserError(f"a teacher's features are [b, d], not {list(features.shape)}")
+        if not all(x.isfinite().all() for x in (logits, features) if x is not None):
+            raise UserError("returns numbers that are not finite")
+        if not torch.allclose(features[:1], alone, rtol=0.05, atol=0.05 * float(features.std())):
+            raise UserError("a clip's features are others beside another clip than alone")
         self.dim, self.classes = features.shape[1], None if logits is None else logits.shape[1]
 
     def extra_repr(self) -> str:
@@ -163,7 +167,15 @@ class OwnBackbone(Backbone):
         size = (frames, view.size, view.size)
         clips = interpolate(self.scale(clips), size, mode="trilinear", align_corners=False)
         clips = clips[:, :, torch.linspace(0, frames - 1, view.length).round().long()]
-        return self.trunk(clips.transpose(1, 2) if view.frames_first else clips)
+        floats = (p.dtype for p in self.trunk.parameters() if p.is_floating_point())
+        clips = clips.to(next(floats, clips.dtype))
+        found = self.trunk(clips.transpose(1, 2) if view.frames_first else clips)
+        for name, x in zip(("logits", "features"), found, strict=True):
+            if x is not None and (x.ndim != 2 or len(x) != len(clips)):
+                wanted = f"one row for each of {len(clips)} clips"
+                raise UserError(f"{name}: wanted is {wanted}, not {list(x.shape)}")
+        logits, features = found
+        return None if logits is None else logits.float(), features.float()
 
     def maps(self, clips: Clips) -> Float[Tensor, "b d 1 1 1"]:
         """Return features as maps of one cell: the teacher has pooled them."""
@@ -214,9 +226,12 @@ def find_source(name: str) -> Callable[[int, int, int], Any] | OwnBackbone:
         signature(found).bind()
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {error}; {wanted}") from None
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        teacher = found()
-    if not isinstance(teacher, nn.Module) or not isinstance(teacher, Teacher):
-        raise UserError(f"{name}: returned {type(teacher).__name__}; {wanted}")
-    return OwnClassifier(teacher) if teacher.fitted else OwnBackbone(teacher)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            teacher = found()
+        if not isinstance(teacher, nn.Module) or not isinstance(teacher, Teacher):
+            raise UserError(f"returned {type(teacher).__name__}; {wanted}")
+        return OwnClassifier(teacher) if teacher.fitted else OwnBackbone(teacher)
+    except Exception as error:  # whatever a network of others raises
+        raise UserError(f"{name}: {in_a_line(error)}") from error

@@ -17,6 +17,8 @@ def own(tmp_path, monkeypatch):
     """The module ``own_things`` in the working folder."""
     (tmp_path / "own_things.py").write_text("def rotation(): return 4\n")
     (tmp_path / "broken_things.py").write_text("import not_installed\n")
+    (tmp_path / "misspelt_things.py").write_text("def f(:\n")
+    (tmp_path / "failing_things.py").write_text("raise RuntimeError('first\\nsecond')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -35,8 +37,10 @@ def test_a_name_is_found_here_or_in_the_working_folder(own):
         ("ordr", r"unknown task 'ordr' \(near: order\); choose from order, .*or MODULE:NAME"),
         ("xyz", r"unknown task 'xyz'; choose from order, pace, registration"),
         ("own_things:rotate", r"own_things has no 'rotate' \(near: rotation\)"),
-        ("own_thing:rotation", "task 'own_thing:rotation': No module named 'own_thing'"),
+        ("own_thing:rotation", "task 'own_thing:rotation': .*No module named 'own_thing'"),
         ("broken_things:x", "No module named 'not_installed'"),
+        ("misspelt_things:f", "SyntaxError: .*misspelt_things.py, line 1"),
+        ("failing_things:f", "task 'failing_things:f': RuntimeError: first$"),
         (":x", "task ':x': "),
         ("math:", "math has no ''"),
         (".math:pi", "task '.math:pi': "),

@@ -3,16 +3,19 @@
 import copy
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY as RUN
 from conftest import memory_set
 from torch import nn
 from torchvision.models import video
 
 from gdviz.config import Distillation, Schedule, Teachers, View
 from gdviz.core.files import UserError
+from gdviz.experiment.checks import check_profile
 from gdviz.student.edges import build_graphs
 from gdviz.teachers.backbones import Classifier, build_backbone
 from gdviz.teachers.bank import gather, predict, stamp_of
@@ -230,6 +233,114 @@ def test_a_head_over_other_classes_is_refused(videos):
         fit(teacher, videos, torch.arange(4), VIEW, TINY.fit, seed=0)
     features_only = build_classifier(OwnBackbone(teacher.trunk), 3)
     assert isinstance(features_only, Classifier) and features_only.fc.out_features == 3
+
+
+# --- what networks of others do wrong, found before any training
+
+
+class Odd(nn.Module):
+    """A small network whose features, or logits, come out as ``how`` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.map, self.tokens, self.head = how, nn.Linear(3, 6), nn.Identity(), nn.Identity()
+
+    def forward(self, x):  # [b, 3, t, h, w]
+        x = self.map(x.mean((3, 4)).transpose(1, 2))  # (b, t, d)
+        folds = {
+            "frames in the batch": lambda: x.flatten(0, 1),  # [b t, d]
+            "patches in the batch": lambda: x.transpose(1, 2).reshape(-1, x.shape[1], 3),
+            "tokens first": lambda: x.transpose(0, 1),  # [n, b, d]
+            "two tokens first": lambda: x.transpose(0, 1)[:2],
+            "beside each other": lambda: x - x.mean(0),
+            "not finite": lambda: x / 0,
+        }
+        whole = self.tokens(folds[self.how]() if self.how in folds else x)
+        logits = x.flatten(0, 1) if self.how == "logits of frames" else x.mean(1)
+        if self.how == "raises":
+            raise KeyError("pixel_values\nand more")
+        return self.head(logits), whole
+
+
+ODD = {
+    "frames in the batch": r"features: wanted is one row for each of 2 clips, not \[8, 6\]",
+    "patches in the batch": r"features: wanted is one row for each of 2 clips, not \[",
+    "tokens first": r"features: wanted is one row for each of 2 clips, not \[4, 6\]",
+    "two tokens first": r"features: wanted is one row for each of 1 clips, not \[2, 6\]",
+    "beside each other": "a clip's features are others beside another clip than alone",
+    "not finite": "returns numbers that are not finite",
+    "logits of frames": r"logits: wanted is one row for each of 2 clips, not \[8, 6\]",
+    "raises": "KeyError: 'pixel_values",
+}
+
+
+@pytest.mark.parametrize(("how", "complaint"), ODD.items(), ids=ODD)
+def test_networks_that_mix_clips_or_fail_are_refused_by_name(monkeypatch, how, complaint):
+    module = types.ModuleType("odd")
+    module.net = lambda: Tapped(Odd(how), "tokens", SMALL, logits="head")
+    monkeypatch.setitem(sys.modules, "odd", module)
+    profile = replace(RUN, teachers=replace(RUN.teachers, tasks=("order", "odd:net")))
+    with pytest.raises(UserError, match=f"--teachers.tasks: odd:net: {complaint}") as caught:
+        check_profile(profile)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_that_mixes_clips_only_later_is_caught_in_that_call(clips):
+    net = Odd("plain")
+    backbone = OwnBackbone(Tapped(net, "tokens", SMALL))
+    net.how = "frames in the batch"
+    with pytest.raises(UserError, match="one row for each of 2 clips"):
+        backbone(clips)
+
+
+def test_weights_that_cannot_be_fetched_are_told_by_the_teacher_s_name(monkeypatch):
+    def unreachable():
+        raise OSError("We couldn't connect to the hub to load the files.\nCheckout your internet")
+
+    module = types.ModuleType("far")
+    module.net = unreachable
+    monkeypatch.setitem(sys.modules, "far", module)
+    with pytest.raises(UserError, match=r"far:net: OSError: We couldn't connect .* files\.$"):
+        find_source("far:net")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_any_precision_work(clips, videos, dtype):
+    single = OwnBackbone(Tapped(r3d(), "layer4", SMALL))
+    other = OwnBackbone(Tapped(r3d().to(dtype), "layer4", SMALL))
+    features = other(clips)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, single(clips), atol=0.03, rtol=0.05)
+    fit_teacher(other, videos, TINY, VIEW, seed=0)
+
+
+def test_a_network_without_parameters_is_a_teacher(videos):
+    net = nn.AvgPool3d((1, 8, 8))
+    _, readout = fit_teacher(OwnBackbone(Tapped(net, "", SMALL)), videos, TINY, VIEW, seed=0)
+    assert readout.at("features", torch.arange(16)).shape == (16, 3)
+
+
+@pytest.mark.parametrize("kind", ["VideoMAE", "VJEPA2"])
+def test_half_precision_checkpoints_are_read_as_they_are_saved(tmp_path, clips, kind):
+    """transformers keeps a checkpoint's own precision."""
+    transformers = pytest.importorskip("transformers", reason="needs gdviz[hub]")
+    size = {"image_size": 32, "patch_size": 16, "num_frames": 4, "num_labels": 3}
+    small = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "VJEPA2":
+        small |= {"crop_size": 32, "frames_per_clip": 4, "mlp_ratio": 1, "pred_hidden_size": 24}
+        small |= {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    config = getattr(transformers, f"{kind}Config")(**size, **small, intermediate_size=32)
+    model = getattr(transformers, f"{kind}Model")
+    torch.manual_seed(0)
+    model(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    net = model.from_pretrained(tmp_path)
+    assert next(net.parameters()).dtype == torch.bfloat16
+    layer = "encoder.layer.1"
+    view = OwnView(32, 4, frames_first=True)
+    half = OwnBackbone(Tapped(net, layer, view))(clips)
+    whole = OwnBackbone(Tapped(model.from_pretrained(tmp_path).float(), layer, view))(clips)
+    assert half.shape == (2, 24)
+    torch.testing.assert_close(half, whole, atol=0.05, rtol=0.05)
 
 
 class HalfATask(nn.Module):
