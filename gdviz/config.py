@@ -67,6 +67,10 @@ class View:
 
     size: Size = 24  # videos are resized to a square of this side, in pixels
     frames: Several = 24  # frames kept of each video, spread evenly over it
+    # frames a second kept of each video, by time stamps: ``frames`` of each window; 0: spread
+    # evenly, however long the video is (docs/time.md)
+    fps: Weight = 0.0
+    windows: Count = 1  # with fps: so many windows of each video, spread evenly over it
     length: Several = 8  # frames of a clip
     stride: Count = 2  # kept frames from one frame of a clip to the next
     # clips of a video, spread evenly over it, over which reading out and testing average
@@ -165,9 +169,8 @@ class Profile:
 
     motion: MotionData = MotionData()  # the embedded data; unused with --data
     view: View = View()
-    # decoded videos are kept as raw pixels (fastest), JPEG frames (a fifth of the bytes) or small
-    # H.264 files (a thirtieth)
-    storage: Literal["memmap", "jpeg", "transcode"] = "memmap"
+    # decoded videos are kept as raw pixels (fastest), or small H.264 files (a thirtieth)
+    storage: Literal["memmap", "transcode"] = "memmap"
     teachers: Teachers = Teachers()  # pre-training and fitting of the teachers
     distillation: Distillation = Distillation()  # training of the student through the graphs
     seeds: tuple[Seed, ...] = (0, 1, 2)  # all is trained once a seed

@@ -1,4 +1,4 @@
-"""Videos kept as a view needs them, in shards: as raw pixels, as JPEG, or as light H.264 files.
+"""Videos kept as a view needs them, in shards: as raw pixels, or as light H.264 files.
 
     STAMP/index.json, metadata.npy   written last: what the set is, which videos it lacks
     STAMP/00000/found.json           of the first videos, beside what the kind keeps of them
@@ -15,18 +15,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from tqdm.auto import tqdm
 
 from gdviz.core.files import UserError, atomic, load_json, save_json
 from gdviz.core.processes import Lost, over_processes
 from gdviz.data._encode import encode
+from gdviz.data.listing import mark_as_cache
 from gdviz.data.reading import DamagedVideo, frames_of, read_square, verify
 from gdviz.data.verified import Verdict, from_json, patience
 
@@ -43,14 +41,11 @@ def shard_size(count: int) -> int:
     return max(SHARD, -(-count // SHARDS))
 
 
-# A kind of cache writes videos of a shape [f, h, w, 3] into a folder, and reads frames of one of
-# them. BYTES estimates what it takes: for a video, for each frame, for each value of it.
+# A kind of cache writes videos of a shape [f, h, w, 3] into a folder, and reads frames of one.
 
 
 class Memmap:
     """Raw pixels: the fastest, and the largest."""
-
-    BYTES = (0, 0, 1)
 
     @staticmethod
     def write(folder: Path, videos: Videos, shape: Shape) -> None:
@@ -67,48 +62,8 @@ class Memmap:
         return self.pixels[place, frames]
 
 
-def to_jpeg(frame: np.ndarray) -> bytes:
-    """Return a frame [h, w, 3] as JPEG of full colour resolution, which small frames need."""
-    Image.fromarray(frame).save(out := BytesIO(), "JPEG", quality=95, subsampling=0)
-    return out.getvalue()
-
-
-def from_jpeg(data: np.ndarray) -> np.ndarray:
-    """Raise OSError where the bytes are no JPEG."""
-    return np.asarray(Image.open(BytesIO(data.tobytes()), formats=["JPEG"]))
-
-
-class Jpeg:
-    """One JPEG a frame: a fifth of the bytes; only the frames asked for are decoded."""
-
-    BYTES = (0, 700, 0.22)
-
-    @staticmethod
-    def write(folder: Path, videos: Videos, shape: Shape) -> None:
-        sizes = [0]
-        with open(folder / "frames.jpeg", "wb") as file:
-            for video in videos:
-                frames = [b""] * shape[0] if video is None else map(to_jpeg, video)
-                sizes.extend(file.write(data) for data in frames)
-        np.save(folder / "offsets.npy", np.cumsum(sizes))
-
-    def __init__(self, folder: Path, shape: Shape) -> None:
-        self.bytes = np.memmap(folder / "frames.jpeg", np.uint8, "r").view(np.ndarray)
-        self.offsets = np.load(folder / "offsets.npy", mmap_mode="r").view(np.ndarray)
-        self.frames = shape[0]
-        if len(self.bytes) != self.offsets[-1]:
-            raise ValueError(f"{len(self.bytes)} bytes, not {self.offsets[-1]}")
-
-    def read(self, place: int, frames: slice) -> np.ndarray:
-        numbers = place * self.frames + np.arange(*frames.indices(self.frames))
-        bounds = zip(self.offsets[numbers], self.offsets[numbers + 1], strict=True)
-        return np.stack([from_jpeg(self.bytes[start:end]) for start, end in bounds])
-
-
 class Transcode:
     """One H.264 file a video, of short groups of pictures: a thirtieth of the bytes."""
-
-    BYTES = (1500, 100, 0.04)
 
     @staticmethod
     def write(folder: Path, videos: Videos, shape: Shape) -> None:
@@ -129,13 +84,7 @@ class Transcode:
         return np.stack(list(frames_of(file, index, info)))[:, : self.shape[1], : self.shape[2]]
 
 
-KINDS = {"memmap": Memmap, "jpeg": Jpeg, "transcode": Transcode}
-
-
-def estimate(kind: str, shape: Shape) -> float:
-    """Return about how many bytes a video of a shape takes."""
-    video, frame, value = KINDS[kind].BYTES
-    return float(video + shape[0] * (frame + value * np.prod(shape[1:])))
+KINDS = {"memmap": Memmap, "transcode": Transcode}
 
 
 @dataclass(frozen=True)
@@ -148,6 +97,8 @@ class Cache:
     folder: Path
     kind: str
     shape: Shape
+    fps: float = 0.0  # see `gdviz.data.reading.read_square`
+    windows: int = 1
 
     @property
     def shards(self) -> list[tuple[Path, slice]]:
@@ -166,7 +117,7 @@ class Cache:
 
 
 @lru_cache(maxsize=SHARDS)
-def _shard(cache: Cache, number: int) -> Memmap | Jpeg | Transcode:
+def _shard(cache: Cache, number: int) -> Memmap | Transcode:
     return KINDS[cache.kind](cache.folder / f"{number:05d}", cache.shape[1:])
 
 
@@ -175,11 +126,9 @@ def _at(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.at")
 
 
-def _fill_shard(
-    folder: Path, paths: list[Path], known: list[Verdict], *, kind: str, shape: Shape
-) -> None:
+def _fill_shard(folder: Path, paths: list[Path], known: list[Verdict], *, cache: Cache) -> None:
     """Write a shard; a file that has changed since it was verified is left out."""
-    found = list(known)
+    found, shape, each = list(known), cache.shape[1:], cache.shape[1] // cache.windows
 
     def videos() -> Iterator[np.ndarray | None]:
         for place, (path, info) in enumerate(zip(paths, known, strict=True)):
@@ -187,7 +136,8 @@ def _fill_shard(
             video = None
             if not isinstance(info, str):
                 try:
-                    video = read_square(path, shape[0], shape[1], info)[0].numpy()
+                    how = (each, shape[1], info, cache.fps, cache.windows)
+                    video = read_square(path, *how)[0].numpy()
                 except (DamagedVideo, MemoryError) as error:
                     found[place] = str(error) or "too little memory"
             yield video
@@ -196,7 +146,7 @@ def _fill_shard(
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
-        KINDS[kind].write(part, videos(), shape)
+        KINDS[cache.kind].write(part, videos(), shape)
         about = attrgetter("frames", "width", "height", "fps", "bytes")
         save_json(part / "found.json", [v if isinstance(v, str) else about(v) for v in found])
         part.rename(folder)
@@ -210,13 +160,13 @@ def _fill_shard(
 def fill(cache: Cache, paths: list[Path], known: list[Verdict], *, workers: Any = 1) -> None:
     """Decode videos, of which ``known`` was found, into a cache; go on where an earlier call stood.
 
-    Raise UserError where the disk is full, or would be.
+    Raise UserError where the disk is full.
     """
-    known, work = list(known), partial(_fill_shard, kind=cache.kind, shape=cache.shape[1:])
+    known, work = list(known), partial(_fill_shard, cache=cache)
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
+        mark_as_cache(cache.folder)
         left = [(folder, rows) for folder, rows in cache.shards if not folder.exists()]
-        _check_room(cache, sum(len(paths[rows]) for _, rows in left))
         timeout = patience((paths[rows] for _, rows in left), 2.5e5)  # resized and encoded, too
         about = {"title": "reading videos", "unit": "shard", "timeout": timeout}
         while left:
@@ -232,17 +182,6 @@ def fill(cache: Cache, paths: list[Path], known: list[Verdict], *, workers: Any 
     except OSError as error:
         advice = "free some space or choose another --cache"
         raise UserError(f"cannot write {cache.folder}: {error}; {advice}") from error
-
-
-def _check_room(cache: Cache, videos: int) -> None:
-    need = estimate(cache.kind, cache.shape[1:]) * videos
-    free = shutil.disk_usage(cache.folder).free
-    if need > free:
-        problem = f"needs about {need / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free"
-        advice = "free some space, choose another --cache, or a smaller kind by --storage"
-        raise UserError(f"{cache.folder} {problem}; {advice}")
-    if videos:
-        tqdm.write(f"{cache.folder}: {videos} videos, about {need / 1e6:.1f} MB to write")
 
 
 def _save_index(cache: Cache) -> None:

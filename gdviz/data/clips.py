@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Generator, Tensor
@@ -22,15 +20,23 @@ def starts_and_strides(
     stride: int | Tensor,
     rng: Generator | None = None,
     place: float | Tensor = 0.5,
+    windows: int = 1,
 ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """Return where clips of ``count`` videos start, and their strides: see :func:`pick_frames`."""
+    """Return where clips of ``count`` videos start, and their strides: see :func:`pick_frames`.
+
+    Of videos that are kept as several windows, one after the other, a clip lies in one of them.
+    """
+    frames = frames // windows
     if frames < length:
         problem = f"a clip of {length} frames does not fit a video of {frames}"
         raise ValueError(f"{problem}: lower the clip length or raise the frames kept")
     stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
     room = frames - 1 - stride * (length - 1)  # (b,)
-    start = room * place if rng is None else torch.rand(count, generator=rng) * (room + 1)
-    return start.long(), stride
+    drawn = rng is not None
+    share = torch.rand(count, generator=rng) if drawn else torch.as_tensor(place).expand(count)
+    window = (share * windows).long().clamp(max=windows - 1)
+    start = (share * windows - window) * (room + drawn)
+    return window * frames + torch.minimum(start.long(), room), stride
 
 
 def pick_frames(
@@ -66,24 +72,6 @@ def sample_clips(
 def clip_places(clips: int) -> list[float]:
     """Return where that many clips of a video start, spread evenly; one is in the middle."""
     return torch.linspace(0, 1, clips).tolist() if clips > 1 else [0.5]
-
-
-def multi_views(
-    frames: UInt8[Tensor, "b f h w 3"], length: int, stride: int, clips: int = 10, crops: int = 3
-) -> Iterator[Float[Tensor, "b 3 t s s"]]:
-    """Yield the clips over which testing averages (Wang et al. 2018, Non-local neural networks).
-
-    Clips are spread evenly over the video; crops along its longer side are squares of 7/8 of the
-    shorter one, and a single crop is the whole middle square.
-    """
-    height, width = frames.shape[2:4]
-    side = min(height, width) if crops == 1 else min(height, width) * 7 // 8
-    for place in clip_places(clips):
-        clip = to_float(pick_frames(frames, length, stride, place=place)).transpose(1, 2)
-        for share in clip_places(crops):
-            along, across = (share, 0.5) if height > width else (0.5, share)
-            top, left = round((height - side) * along), round((width - side) * across)
-            yield clip[..., top : top + side, left : left + side]
 
 
 def augment(

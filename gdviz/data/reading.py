@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from base64 import b85decode, b85encode
 from collections import deque, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,11 +36,12 @@ EXTENSIONS = {
     ".mts", ".ogv", ".webm", ".wmv",
 }  # fmt: skip
 Mark = namedtuple("Mark", "time key digest")  # what `verify` remembers of each frame
-VERSION = 2  # raise when `verify` finds or refuses other things: files are then verified again
+VERSION = 3  # raise when `verify` finds or refuses other things: files are then verified again
 STRICT = {"err_detect": "explode"}  # FFmpeg raises where it would conceal damage
 CHECKED, APART = 4, 8  # frames compared after each seek; least distance between places to seek to
 # Frames that PyAV decodes in vain before decord, slower to open and to convert, is faster.
 NEAR = 128
+AT_ONCE = 64  # full frames that decord may hold
 # A PSNR of 45 dB: decord's frames equal PyAV's, or else differ by more than that in colour.
 FAR = 255**2 / 10**4.5
 
@@ -60,6 +62,19 @@ class VideoInfo:
     turns: int  # quarter turns, counter-clockwise, that make a frame upright
     by_decord: int  # frames, from the first on, left to decord: none, all, or all but the last
     keys: tuple[tuple[int, int], ...]  # (frame number, time stamp): where PyAV may begin to decode
+    steps: str = ""  # microseconds from frame to frame, packed; empty where time stamps are missing
+
+    def seconds(self) -> np.ndarray:
+        """Return when each frame is shown, the first one at 0.
+
+        Where time stamps are missing, by the frame rate. Raise DamagedVideo where that is, too.
+        """
+        if self.steps:
+            steps = np.frombuffer(zlib.decompress(b85decode(self.steps)), np.int32)
+            return np.concatenate([[0], steps.cumsum(dtype=np.int64)]) / 1e6
+        if not self.fps:
+            raise DamagedVideo("has neither time stamps nor a frame rate, which --view.fps needs")
+        return np.arange(self.frames) / self.fps
 
 
 @contextmanager
@@ -163,10 +178,7 @@ def _keep(
 def _keys(
     container: InputContainer, stream: av.VideoStream, marks: list[Mark]
 ) -> tuple[tuple[int, int], ...]:
-    """Return the key frames to seek to; none when one of them is not where it seems to be."""
-    times = [mark.time for mark in marks]
-    if None in times or any(b <= a for a, b in pairwise(times)):
-        return ()
+    """Return the key frames to seek to; none when one is not where it seems; times rise."""
     keys: list[tuple[int, int]] = []
     for start, mark in enumerate(marks):
         if mark.key and start >= (keys[-1][0] if keys else 0) + APART:
@@ -261,10 +273,15 @@ def verify(path: Path | str) -> VideoInfo:
         trusted = len(marks) - bool(stream.codec_context.has_b_frames)
         frames = {number: frame for number, frame in sample.values() if number < trusted}
         by_decord = trusted if _decord_is_right(path, frames, marks, turns) else 0
-        fps, keys = float(stream.average_rate or 0), _keys(container, stream, marks)
+        fps, keys, steps = float(stream.average_rate or 0), (), ""
+        times = [mark.time for mark in marks]
+        if None not in times and all(a < b for a, b in pairwise(times)):
+            keys = _keys(container, stream, marks)
+            micro = np.round(np.array(times) * float(stream.time_base * 1_000_000))
+            steps = b85encode(zlib.compress(np.diff(micro).astype(np.int32).tobytes())).decode()
     width, height = shape if turns % 2 == 0 else shape[::-1]
     length = Path(path).stat().st_size
-    return VideoInfo(len(marks), width, height, fps, length, turns, by_decord, keys)
+    return VideoInfo(len(marks), width, height, fps, length, turns, by_decord, keys, steps)
 
 
 def frames_of(path: Path | str, index: np.ndarray, info: VideoInfo) -> Iterator[np.ndarray]:
@@ -295,7 +312,8 @@ def _by_decord(
     path: Path | str, index: np.ndarray, start: tuple[int, int], turns: int
 ) -> Iterator[np.ndarray]:
     try:
-        yield from _open_by_decord(path).get_batch(index).asnumpy()
+        for part in np.split(index, range(AT_ONCE, len(index), AT_ONCE)):
+            yield from _open_by_decord(path).get_batch(part).asnumpy()
     except decord.DECORDError as error:
         reason = str(error).strip().splitlines()[-1]
         raise DamagedVideo(f"cannot be decoded any more (decord: {reason})") from error
@@ -317,14 +335,36 @@ def _by_pyav(
     raise DamagedVideo(f"ends before frame {wanted[0]}: it has changed since it was verified")
 
 
+def _kept(info: VideoInfo, frames: int, fps: float, windows: int) -> list[np.ndarray]:
+    """Return the numbers of the frames of each window, by :func:`read_square`."""
+    if not fps:
+        # Of a longer video the last frame is left out where decord reads all but that.
+        last = ((info.frames > frames and info.by_decord) or info.frames) - 1
+        return [np.linspace(0, last, frames).round().astype(int)]
+    times = info.seconds()
+    room = max(0, int(times[-1] * fps + 1e-3) + 1 - frames)
+    starts = np.linspace(0, room, windows).round() if windows > 1 else [room // 2]
+    between = (times[1:] + times[:-1]) / 2
+    return [np.searchsorted(between, (start + np.arange(frames)) / fps) for start in starts]
+
+
 def read_square(
-    path: Path | str, frames: int, size: int, info: VideoInfo | None = None
+    path: Path | str,
+    frames: int,
+    size: int,
+    info: VideoInfo | None = None,
+    fps: float = 0.0,
+    windows: int = 1,
 ) -> tuple[UInt8[Tensor, "f s s 3"], VideoInfo]:
     """Read ``frames`` frames spread evenly over a video, resized to a square.
 
+    With ``fps`` they are ``1 / fps`` seconds apart, each the frame next to that moment by its time
+    stamp, in ``windows`` spread evenly over the video, one after the other; a single one lies in
+    its middle. Where a video is shorter than a window its last frame is held.
+
     Args:
         path: video file.
-        frames: how many to keep; a shorter video repeats some.
+        frames: how many to keep (of each window); a shorter video repeats some.
         size: side in pixels; the aspect ratio is not kept, so that the geometry of a crop tells
             nothing.
         info: what `verify` found; without it the file is verified first.
@@ -333,11 +373,10 @@ def read_square(
         DamagedVideo: see `verify`.
     """
     info = info or verify(path)
-    out = torch.empty(frames, size, size, 3, dtype=torch.uint8)
-    # Of a longer video the last frame is left out where decord reads all but that.
-    last = ((info.frames > frames and info.by_decord) or info.frames) - 1
-    index = np.linspace(0, last, frames).round().astype(int)
-    for row, pixels in zip(out, frames_of(path, index, info), strict=True):
+    kept = _kept(info, frames, fps, windows)
+    out = torch.empty(len(kept) * frames, size, size, 3, dtype=torch.uint8)
+    read = (pixels for index in kept for pixels in frames_of(path, index, info))
+    for row, pixels in zip(out, read, strict=True):
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
         resized = interpolate(image, (size, size), mode="bilinear", antialias=True)
         row.copy_(resized[0].round().clamp(0, 255).permute(1, 2, 0))

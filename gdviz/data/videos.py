@@ -20,7 +20,7 @@ from gdviz.config import MotionData, View
 from gdviz.core.files import UserError, fingerprint
 from gdviz.data.cache import Cache, fill, open_cache
 from gdviz.data.clips import starts_and_strides
-from gdviz.data.listing import SPLITS, Video, mark_as_cache, read_list
+from gdviz.data.listing import SPLITS, Video, read_list
 from gdviz.data.motion import make_motion, read_index
 from gdviz.data.official import read_official
 from gdviz.data.splits import split_by_group
@@ -44,6 +44,7 @@ class VideoSet:
     skipped: tuple[tuple[str, str], ...] = ()  # (path, reason)
     places: np.ndarray | None = None  # rows of ``pixels`` in use, when some videos were skipped
     audit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of videos; never learned
+    windows: int = 1  # of each video, one after the other along its frames
 
     @classmethod
     def from_arrays(
@@ -107,9 +108,15 @@ class VideoSet:
         read = [self.pixels[row, part] for row, part in zip(places.tolist(), frames, strict=True)]
         return torch.from_numpy(np.stack(read))
 
-    def batch(self, rows: Int[Tensor, " b"]) -> UInt8[Tensor, "b f h w 3"]:
-        """Return whole videos."""
-        return self._read(rows, [slice(None)] * len(rows))
+    def batch(
+        self, rows: Int[Tensor, " b"], rng: Generator | None = None
+    ) -> UInt8[Tensor, "b f h w 3"]:
+        """Return whole videos; where they are kept as windows, one each: any by ``rng``, or the
+        middle one."""
+        each, which = self.pixels.shape[1] // self.windows, [self.windows // 2] * len(rows)
+        if rng is not None and self.windows > 1:
+            which = torch.randint(self.windows, (len(rows),), generator=rng).tolist()
+        return self._read(rows, [slice(w * each, (w + 1) * each) for w in which])
 
     def clips(
         self,
@@ -119,9 +126,12 @@ class VideoSet:
         rng: Generator | None = None,
         place: float | Tensor = 0.5,
     ) -> UInt8[Tensor, "b t h w 3"]:
-        """Return ``pick_frames(self.batch(rows), ...)``, reading only the frames of the clips."""
+        """Return ``pick_frames(self.batch(rows), ...)``, reading only the frames of the clips.
+
+        ``rng`` and ``place`` go over all windows of a video.
+        """
         frames = self.pixels.shape[1]
-        drawn = starts_and_strides(len(rows), frames, length, stride, rng, place)
+        drawn = starts_and_strides(len(rows), frames, length, stride, rng, place, self.windows)
         # A slice is copied once, in one piece; numbers of frames would be copied frame by frame.
         parts = [
             slice(start, start + (length - 1) * step + 1, max(step, 1))
@@ -144,7 +154,7 @@ def open_videos(
 
     Without given splits what can be read is split by group, drawn by ``seed``. Below ``cache`` lies
     a folder for each fingerprint of files (path, size, time of change), labels, view and code
-    version: anything else never opens it. ``storage`` is memmap, jpeg or transcode. ``workers`` are
+    version: anything else never opens it. ``storage`` is memmap or transcode. ``workers`` are
     processes, or a cluster; with two or more a reader that dies or hangs costs its file only. Raise
     UserError where too little is left to train and test on, or the disk is full.
     """
@@ -153,17 +163,20 @@ def open_videos(
     _parts(videos, {i for i, (size, _) in enumerate(stats) if size < 0}, name, seed)
     about = [(os.path.realpath(v.path), v.label, v.group, v.split) for v in videos]
     files = [(*row, *found) for row, found in zip(about, stats, strict=True)]
-    stamp = fingerprint(files, view.size, view.frames, storage, VERSION)
-    shape = (len(videos), view.frames, view.size, view.size, 3)
-    pixels = Cache(Path(cache) / stamp, storage, shape)
+    paced = (view.fps, view.windows) if view.fps else ()
+    stamp = fingerprint(files, view.size, view.frames, *paced, storage, VERSION)
+    shape = (len(videos), view.windows * view.frames, view.size, view.size, 3)
+    pixels = Cache(Path(cache) / stamp, storage, shape, view.fps, view.windows)
     if not (pixels.folder / "index.json").exists():
         known = verified(paths, Path(cache) / "verified.sqlite", workers=workers)
-        mark_as_cache(Path(cache))
         # Refused, as above, before any more work.
         _parts(videos, {i for i, found in enumerate(known) if isinstance(found, str)}, name, seed)
         fill(pixels, paths, known, workers=workers)
     metadata, skipped = open_cache(pixels)
     parts = _parts(videos, skipped, name, seed)
+    span = view.fps and view.frames / view.fps
+    if short := int((metadata[:, 0] < span * metadata[:, 3] - 0.5).sum()):
+        tqdm.write(f"{name}: the last frame of {short} videos shorter than {span:.1f} s is held")
     keep = [i for i, part in enumerate(parts) if part]
     label_of = {i: videos[i].classes for i in keep if parts[i] in ("train", "test")}
     names = tuple(sorted({label for classes in label_of.values() for label in classes}))
@@ -184,6 +197,7 @@ def open_videos(
         metadata=torch.from_numpy(metadata[keep]),
         skipped=tuple((str(videos[i].path), reason) for i, reason in left_out),
         places=np.array(keep) if left_out else None,
+        windows=view.windows,
     )
 
 

@@ -39,6 +39,8 @@ def check_profile(profile: Profile) -> None:
     if not 1 < view.length < view.frames:
         wanted = f"two frames or more, and fewer than the {view.frames} of --view.frames"
         raise UserError(f"--view.length {view.length}: needs {wanted}")
+    if view.windows > 1 and not view.fps:
+        raise UserError(f"--view.windows {view.windows}: several windows need --view.fps")
     if not profile.motion.domains or set(profile.motion.domains) - set(DOMAINS):
         given = " ".join(profile.motion.domains) or "none"
         raise UserError(f"--motion.domains {given}: choose from {', '.join(DOMAINS)}")

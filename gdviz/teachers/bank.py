@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.functional import cross_entropy
 from gdviz.config import View
 from gdviz.core import distributed, files
 from gdviz.core.files import UserError, meta_of
-from gdviz.data.clips import multi_views
+from gdviz.data.clips import clip_places, to_float
 from gdviz.data.videos import VideoSet
 from gdviz.graphs import two_class
 
@@ -50,8 +51,9 @@ def predict(
     device, world, seen = device_of(model), distributed.world(), []
     even = rows[torch.arange(math.ceil(len(rows) / world) * world) % len(rows)]  # some twice
     for part in distributed.deal(even).split(128):
-        frames = videos.batch(part).to(device)
-        clips = multi_views(frames, view.length, view.stride, view.clips, crops=1)
+        read = partial(videos.clips, part, view.length, view.stride)
+        clips = (to_float(read(place=p).to(device)) for p in clip_places(view.clips))
+        clips = (clip.transpose(1, 2) for clip in clips)
         seen.append([torch.stack(of, 1) for of in zip(*map(model, clips), strict=True)])
     whole = (distributed.gather(torch.cat(parts).float()) for parts in zip(*seen, strict=True))
     logits, features = (x[: len(rows)].cpu() for x in whole)

@@ -50,8 +50,9 @@ def pretrain(
     both = nn.ModuleDict({"backbone": backbone, "task": task}).to(device)
 
     def step(rows: Tensor, rng: Generator, epoch: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-        clips = to_float(videos.batch(distributed.deal(rows)).to(device))
-        inputs, target = task.views(clips, distributed.own_generator(rng))
+        rng = distributed.own_generator(rng)
+        clips = to_float(videos.batch(distributed.deal(rows), rng).to(device))
+        inputs, target = task.views(clips, rng)
         loss, metric = task(backbone, inputs, target)
         return loss, {task.metric: metric}
 

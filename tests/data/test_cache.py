@@ -21,7 +21,7 @@ from gdviz.data import reading
 from gdviz.data.clips import pick_frames
 from gdviz.data.videos import VideoSet, load_videos
 
-KINDS = {"memmap": np.inf, "jpeg": 34, "transcode": 26}  # dB at least, against raw pixels
+KINDS = {"memmap": np.inf, "transcode": 26}  # dB at least, against raw pixels
 needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 
 
@@ -71,55 +71,26 @@ def test_large_sets_have_larger_shards_not_more(load, tmp_path, monkeypatch):
 def test_clips_touch_only_the_frames_they_need(load, monkeypatch):
     rows, touched = torch.tensor([0, 5]), []
     found = {kind: load(kind, frames=40) for kind in KINDS}
-    jpeg, frames = caches.from_jpeg, reading._frames_from
-    monkeypatch.setattr(caches, "from_jpeg", lambda data: touched.append(1) or jpeg(data))
+    frames = reading._frames_from
     monkeypatch.setattr(
         reading, "_frames_from", lambda *a: (touched.append(1) or frame for frame in frames(*a))
     )
-    found["jpeg"].clips(rows, 4, 5)
-    assert len(touched) == 2 * 4
-    touched.clear()
     found["transcode"].clips(rows.repeat(10), 4, 1, torch.Generator().manual_seed(0))
     assert len(touched) <= 20 * (4 + 8)  # from the key frame before
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_estimates_are_about_right(ut_interaction, tmp_path, kind):
-    files = sorted(ut_interaction.rglob("*.avi"))[::20]
-    for size, frames in ((112, 32), (32, 16)):
-        videos = (reading.read_square(path, frames, size)[0].numpy() for path in files)
-        folder, shape = tmp_path / str(size), (frames, size, size, 3)
-        folder.mkdir()
-        caches.KINDS[kind].write(folder, videos, shape)
-        real = sum(path.stat().st_size for path in folder.iterdir())
-        assert 0.7 < caches.estimate(kind, shape) * len(files) / real < 2, size
-
-
-@pytest.mark.parametrize(("kind", "least"), [("jpeg", 40), ("transcode", 36)])
-def test_real_video_loses_little(ut_interaction, tmp_path, kind, least):
+def test_real_video_loses_little(ut_interaction, tmp_path):
     for number, path in enumerate(sorted(ut_interaction.rglob("*.avi"))[::15]):
         video, folder = reading.read_square(path, 24, 112)[0].numpy(), tmp_path / str(number)
         folder.mkdir()
-        caches.KINDS[kind].write(folder, iter([None, video]), video.shape)
-        assert psnr(caches.KINDS[kind](folder, video.shape).read(1, slice(None)), video) > least
-
-
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
-    load, tmp_path, monkeypatch
-):
-    free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=100_000))
-    with pytest.raises(UserError, match=r"needs about 0\.00 GB more .*--storage"):
-        load("memmap")
-    files = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert files == {"CACHEDIR.TAG", "verified.sqlite"}
-    assert len(load("transcode").splits) == 9
+        caches.Transcode.write(folder, iter([None, video]), video.shape)
+        assert psnr(caches.Transcode(folder, video.shape).read(1, slice(None)), video) > 36
 
 
 def test_a_cache_is_of_its_own_files_view_and_version_only(load, tmp_path, monkeypatch):
-    views = ({}, {"size": 30}, {"frames": 9})
+    views = ({}, {"size": 30}, {"frames": 9}, {"fps": 5.0}, {"fps": 5.0, "windows": 2})
     stamps = [load(kind, **changes).pixels.folder.name for kind in KINDS for changes in views]
-    assert len(set(stamps)) == 9
+    assert len(set(stamps)) == len(KINDS) * len(views)
     one, other = (tmp_path / "cache" / stamp for stamp in stamps[:2])
     shutil.rmtree(other)
     shutil.copytree(one, other)
@@ -129,9 +100,7 @@ def test_a_cache_is_of_its_own_files_view_and_version_only(load, tmp_path, monke
     assert load("memmap").pixels.folder.name not in stamps
 
 
-@pytest.mark.parametrize(
-    ("kind", "file"), [("memmap", "pixels.u8"), ("jpeg", "frames.jpeg"), ("transcode", "01.mp4")]
-)
+@pytest.mark.parametrize(("kind", "file"), [("memmap", "pixels.u8"), ("transcode", "01.mp4")])
 def test_a_damaged_shard_is_named(load, tmp_path, kind, file):
     found = load(kind)
     path = tmp_path / "cache" / found.pixels.folder.name / "00001" / file
@@ -151,9 +120,9 @@ def test_a_file_that_changes_while_a_set_is_decoded_is_left_out(load, tmp_path, 
         return real(path, *rest)
 
     monkeypatch.setattr(caches, "read_square", read)
-    skipped = {path[-6:-4]: reason for path, reason in load("jpeg").skipped}
+    skipped = {path[-6:-4]: reason for path, reason in load("transcode").skipped}
     assert skipped.keys() == {"a1", "b0"} and "has changed" in skipped["b0"]
-    assert load("jpeg").batch(torch.arange(8)).shape[0] == 8
+    assert load("transcode").batch(torch.arange(8)).shape[0] == 8
 
 
 KILLED = """

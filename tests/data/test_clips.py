@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from gdviz.data.clips import augment, multi_views, sample_clips, to_float
+from gdviz.data.clips import augment, clip_places, sample_clips, starts_and_strides, to_float
 
 
 def to_bytes(clip: torch.Tensor) -> torch.Tensor:
@@ -37,23 +37,16 @@ def test_clips_hold_the_right_frames():
         sample_clips(frames, 12, 1)
 
 
-def test_testing_sees_ten_clips_in_three_crops():
-    """Pixels that hold their frame, row and column say where each view was taken."""
-    axes = torch.meshgrid(torch.arange(40), torch.arange(8), torch.arange(12), indexing="ij")
-    video = torch.stack(axes, -1).byte()[None]
-    views = [to_bytes(view[0]) for view in multi_views(video, 4, 2)]
-    assert len(views) == 30
-    assert {tuple(view.shape) for view in views} == {(3, 4, 7, 7)}
-    starts = [int(view[0, 0, 0, 0]) for view in views[::3]]
-    assert starts == [33 * k // 9 for k in range(10)]  # of 34, from first to last
-    assert all((view[0, :, 0, 0].diff() == 2).all() for view in views)
-    assert [int(view[2, 0, 0, 0]) for view in views[:3]] == [0, 2, 5]  # left, middle, right
-    assert len({int(view[1, 0, 0, 0]) for view in views}) == 1
-    tall = [to_bytes(view[0]) for view in multi_views(video.transpose(2, 3), 4, 2, 1)]
-    assert len({int(view[1, 0, 0, 0]) for view in tall}) == 1  # there crops move down
-    assert len({int(view[2, 0, 0, 0]) for view in tall}) == 3
-    (whole,) = multi_views(video[:, :, :, :8], 4, 2, 1, 1)
-    assert torch.equal(whole, sample_clips(to_float(video[:, :, :, :8]), 4, 2))
+def test_clips_of_videos_kept_as_windows_lie_in_one_and_reach_all():
+    rng, begun = torch.Generator().manual_seed(0), Counter()
+    start, stride = starts_and_strides(3000, 3 * 10, 4, 2, rng, windows=3)
+    assert (stride == 2).all() and (start % 10 <= 3).all()
+    begun.update(start.tolist())
+    assert set(begun) == {w * 10 + k for w in range(3) for k in range(4)}
+    assert max(begun.values()) < 1.4 * min(begun.values())
+    places = torch.tensor(clip_places(5))
+    start, _ = starts_and_strides(5, 3 * 10, 4, 2, place=places, windows=3)
+    assert start.tolist() == [0, 2, 11, 20, 23]  # evenly, from the first to the last
 
 
 def test_augmentation_leaves_motion_alone():

@@ -243,7 +243,12 @@ class Odd(nn.Module):
 
     def __init__(self, how):
         super().__init__()
-        self.how, self.map, self.tokens, self.head = how, nn.Linear(3, 6), nn.Identity(), nn.Identity()
+        self.how, self.map, self.tokens, self.head = (
+            how,
+            nn.Linear(3, 6),
+            nn.Identity(),
+            nn.Identity(),
+        )
 
     def forward(self, x):  # [b, 3, t, h, w]
         x = self.map(x.mean((3, 4)).transpose(1, 2))  # (b, t, d)
