@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -34,6 +35,9 @@ def main() -> None:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
     else:
+        os.environ["MPLBACKEND"] = (
+            "Agg"  # only files are drawn; one of a notebook may not exist here
+        )
         try:
             commands = import_module("gdviz.commands")
         except ModuleNotFoundError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 # Shapes and types of every call in this process are held to their annotations.
@@ -56,6 +57,14 @@ def _denormals():
     test."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the tests' checks of annotations, as users call the package."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

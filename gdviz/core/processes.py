@@ -128,7 +128,11 @@ class _Child:
             self.end(0)
             return None, Lost(f"took longer than {timeout:.0f} s")
         except (EOFError, OSError):
-            death = f"process was killed (exit code {self.end(10)}): too little memory"
+            code = self.end(10)
+            death = f"process was killed (exit code {code}): too little memory"
+            if self.number is None and code == 1:
+                guard = "a script keeps what it does under `if __name__ == '__main__':`"
+                return WorkerDied(f"a worker could not start; {guard}"), None
         if timeout is None or self.number is None:
             advice = "the same command goes on from here, try fewer --workers"
             return WorkerDied(f"a worker {death}? {advice}"), None

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -97,8 +97,8 @@ class Cache:
     folder: Path
     kind: str
     shape: Shape
-    fps: float = 0.0  # see `gdviz.data.reading.read_square`
-    windows: int = 1
+    fps: float = field(default=0.0, kw_only=True)  # see `gdviz.data.reading.read_square`
+    windows: int = field(default=1, kw_only=True)
 
     @property
     def shards(self) -> list[tuple[Path, slice]]:

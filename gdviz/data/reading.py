@@ -275,7 +275,7 @@ def verify(path: Path | str) -> VideoInfo:
         by_decord = trusted if _decord_is_right(path, frames, marks, turns) else 0
         fps, keys, steps = float(stream.average_rate or 0), (), ""
         times = [mark.time for mark in marks]
-        if None not in times and all(a < b for a, b in pairwise(times)):
+        if stream.time_base and None not in times and all(a < b for a, b in pairwise(times)):
             keys = _keys(container, stream, marks)
             micro = np.round(np.array(times) * float(stream.time_base * 1_000_000))
             steps = b85encode(zlib.compress(np.diff(micro).astype(np.int32).tobytes())).decode()

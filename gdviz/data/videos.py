@@ -166,7 +166,7 @@ def open_videos(
     paced = (view.fps, view.windows) if view.fps else ()
     stamp = fingerprint(files, view.size, view.frames, *paced, storage, VERSION)
     shape = (len(videos), view.windows * view.frames, view.size, view.size, 3)
-    pixels = Cache(Path(cache) / stamp, storage, shape, view.fps, view.windows)
+    pixels = Cache(Path(cache) / stamp, storage, shape, fps=view.fps, windows=view.windows)
     if not (pixels.folder / "index.json").exists():
         known = verified(paths, Path(cache) / "verified.sqlite", workers=workers)
         # Refused, as above, before any more work.

@@ -62,14 +62,24 @@ class Run:
         return self.device
 
     def videos(self, workers: Workers = 1) -> VideoSet:
-        """Open the run's videos; decode them first if need be."""
+        """Open the run's videos; decode them first if need be.
+
+        Raise UserError where they are not those that the folder's run began with.
+        """
         view, storage, home = self.profile.view, self.profile.storage, self.cache
         if self.data is None:
             motion = self.profile.motion
-            return load_motion(motion, view, home, storage=storage, workers=workers)
-        if isinstance(workers, int):
-            workers = max(2, workers)  # files of others may kill a reader
-        return load_videos(self.data, view, home / "cache", storage=storage, workers=workers)
+            videos = load_motion(motion, view, home, storage=storage, workers=workers)
+        else:
+            if isinstance(workers, int):
+                workers = max(2, workers)  # files of others may kill a reader
+            how = {"storage": storage, "workers": workers}
+            videos = load_videos(self.data, view, home / "cache", **how)
+        config = self.folder / "config.json"
+        if config.exists() and load_json(config).get("data") != videos.fingerprint:
+            changed = f"the videos of {videos.name} have changed since this run began"
+            raise UserError(f"{self.folder}: {changed}; bring them back, or choose another --out")
+        return videos
 
     def teacher_folder(self, seed: int, task: str) -> Path:
         return self.folder / f"seed{seed}" / "teachers" / folder_name(task)

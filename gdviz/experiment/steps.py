@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -169,10 +171,18 @@ def begin(run: Run, workers: Workers) -> VideoSet:
     save_json(run.folder / "environment.json", environment())
     source = {"data": run.data and run.data.resolve(), "cache": run.cache.resolve()}
     save_json(run.folder / "source.json", source)
-    with atomic(run.folder / "skipped.csv") as temporary, open(temporary, "w", newline="") as file:
+    with (
+        atomic(run.folder / "skipped.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         csv.writer(file).writerows([("path", "reason"), *videos.skipped])
-    for path, reason in videos.skipped:
-        tqdm.write(f"skipped {path}: {reason}")
+    if len(videos.skipped) <= 1000:
+        lines = [f"skipped {path}: {reason}" for path, reason in videos.skipped]
+    else:  # by reason, whatever its numbers
+        alike = Counter(re.sub(r"\d+", "N", reason) for _, reason in videos.skipped)
+        lines = [f"skipped {count} videos: {reason}" for reason, count in alike.most_common(20)]
+        lines.append(f"all {len(videos.skipped)} are listed in {run.folder / 'skipped.csv'}")
+    tqdm.write("\n".join(lines), end="\n" if lines else "")
     return videos
 
 

@@ -98,6 +98,11 @@ class LogitsGraph(nn.Module):
         already; ``consensus [B, C]`` is computed unless given.
         """
         self._check(teacher_probs, weights)
+        if not len(teacher_probs) or student_logits.shape != teacher_probs[:, 0].shape:
+            got = f"{tuple(student_logits.shape)} for {tuple(teacher_probs.shape)}"
+            raise ValueError(
+                f"expected logits [B, C] of one or more clips, as the teachers', got {got}"
+            )
         with torch.autocast(student_logits.device.type, enabled=False):
             logits = _dtypes.full(student_logits)
             probs, weights = teacher_probs.detach().to(logits), weights.detach().to(logits)

@@ -142,6 +142,11 @@ class RepresentationGraph(nn.Module):
         self, student_features: Student, teacher_features: Teachers, labels: Labels = None
     ) -> PerPair:
         """Compute ``d(r_ij, r^s_ij)`` for every pair; arguments as :meth:`loss`."""
+        counts = {len(student_features), *map(len, teacher_features)}
+        if len(counts) > 1 or 0 in counts:
+            raise ValueError(
+                f"expected features of the same clips, one or more, got {counts} clips"
+            )
         with torch.autocast(student_features.device.type, enabled=False):
             x, s = self.teacher_vectors(teacher_features), self.student_vectors(student_features)
             grams = [self._pair_grams(*v) for v in ((x, x), (s, s), (x, s))]  # (E, N, N) each

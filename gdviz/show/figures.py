@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gdviz.core.files import atomic, load_json, load_tensors
+from gdviz.core.files import UserError, atomic, in_a_line, load_json, load_tensors
 from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run
 from gdviz.graphs import effective_number
@@ -171,8 +171,8 @@ FIGURES: dict[str, Callable[[Finished], Axes | None]] = {  # an axes of each fig
 def draw_figures(run: Run, out: Path) -> list[Path]:
     """Draw ``FIGURES`` of a finished run as PDF, SVG and PNG; return the files.
 
-    A figure that a run cannot fill is left out with a line. Names of classes that figures shorten
-    are written to ``classes.txt``, with their numbers.
+    A figure that a run cannot fill, or that cannot be drawn, is left out with a line. Names of
+    classes that figures shorten are written to ``classes.txt``, with their numbers.
     """
     look, written = open_finished(run), []
     if max(map(len, look.videos.label_names)) > plots.WHOLE:
@@ -181,9 +181,16 @@ def draw_figures(run: Run, out: Path) -> list[Path]:
             file.write_text("".join(lines), encoding="utf-8")
     with plots.style():
         for name, draw in FIGURES.items():
-            if ax := draw(look):
-                written += plots.save_figure(plots.figure_of(ax), out, name)
-                plt.close(plots.figure_of(ax))
-            else:
-                tqdm.write(f"{name}: not drawn, this run is too small for it or lacks the method")
+            reason = "this run is too small for it or lacks the method"
+            try:
+                if ax := draw(look):
+                    written += plots.save_figure(plots.figure_of(ax), out, name)
+                    continue
+            except UserError:  # there is no place to write to
+                raise
+            except Exception as error:
+                reason = in_a_line(error)
+            finally:
+                plt.close("all")
+            tqdm.write(f"{name}: not drawn, {reason}")
     return written

@@ -89,7 +89,9 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
         problem = f"{here} is not inside the gdviz project (no data/example above it)"
         raise UserError(f"{problem}; start Jupyter there")
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # read when UMAP is imported
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(4, os.cpu_count() or 1))))
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # may be "4,2", or empty
+    threads = int(threads) if threads.isdecimal() else min(4, os.cpu_count() or 1)
+    torch.set_num_threads(max(1, threads))
     torch.set_flush_denormal(True)  # as runs do
     torch.manual_seed(seed)
     # Now: a first figure within plots.style() would leave pyplot not interactive.

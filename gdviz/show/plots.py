@@ -56,6 +56,7 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # text stays text
     "svg.fonttype": "none",
     "svg.hashsalt": "gdviz",
+    "text.parse_math": False,  # a class may be named pay_$^$
 }
 style = partial(mpl.rc_context, STYLE)  # for a ``with`` block, or a decorator
 NUMBERED = 5  # teachers of a graph whose edges have room for numbers

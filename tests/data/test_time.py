@@ -124,7 +124,7 @@ from gdviz.data.cache import Cache, fill, open_cache
 from gdviz.data.reading import verify
 path, folder, kind = sys.argv[1:]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-cache = Cache(Path(folder), kind, (1, 4 * 48, 32, 32, 3), 12.0, 4)
+cache = Cache(Path(folder), kind, (1, 4 * 48, 32, 32, 3), fps=12.0, windows=4)
 fill(cache, [Path(path)], [verify(path)])
 assert not open_cache(cache)[1]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -141,7 +141,7 @@ def test_a_two_minute_video_is_read_in_bounded_memory(tmp_path, kind):
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) / (1e6 if sys.platform == "darwin" else 1e3) < 350  # MB
-    cache = Cache(tmp_path / "cache", kind, (1, 4 * 48, 32, 32, 3), 12.0, 4)
+    cache = Cache(tmp_path / "cache", kind, (1, 4 * 48, 32, 32, 3), fps=12.0, windows=4)
     kept = seconds_of(torch.from_numpy(cache[0, slice(None)].copy())).reshape(4, 48)
     assert sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*") if f.is_file()) < 1e6
     starts = np.linspace(0, 120 * 12 - 48, 4).round() / 12

@@ -192,3 +192,14 @@ def test_multi_label_loss_and_consensus():
     logits = two_class(z).flatten(0, 1)
     assert graph.loss(logits, cases(agreed), w) < 1e-6
     assert graph.loss(logits, cases(p), w) > 1e-3
+
+
+@pytest.mark.parametrize("clips", [0, 1, 3])
+def test_logits_of_other_clips_than_the_teachers_are_refused(unchecked, clips):
+    graph = LogitsGraph(["a", "b"], zero_one_cost(3))
+    probs, weights = torch.full((5, 2, 3), 1 / 3), torch.full((5, 2), 0.5)
+    with pytest.raises(ValueError, match=r"expected logits .* as the teachers'"):
+        graph.loss(torch.zeros(clips, 3), probs, weights)
+    if not clips:
+        with pytest.raises(ValueError, match="of one or more clips"):
+            graph.loss(torch.zeros(0, 3), probs[:0], weights[:0])

@@ -245,3 +245,11 @@ def test_bad_arguments_raise():
         graph.loss(h, features, None, torch.ones(2))
     with pytest.raises((ValueError, TypeError)):
         graph.loss(h, features, torch.zeros(5, dtype=torch.long), ONES)
+
+
+@pytest.mark.parametrize(("clips", "others"), [(1, 5), (3, 5), (0, 0)])
+def test_features_of_other_clips_than_the_teachers_are_refused(unchecked, clips, others):
+    graph = RepresentationGraph(["a", "b"], [4, 4], 6)
+    features = [torch.randn(others, 4)] * 2
+    with pytest.raises(ValueError, match="expected features of the same clips, one or more"):
+        graph.loss(torch.randn(clips, 6), features, None, torch.ones(1))
