@@ -152,6 +152,15 @@ def test_the_numbers_of_the_docs_are_those_of_the_results():
         assert f" | {spread(gained[name])} |\n" in text
 
 
+@pytest.mark.parametrize("name", ["unnamed", "ut_interaction"])
+def test_other_tables_are_those_of_their_results_files(name, tmp_path):
+    shutil.copytree(REPO / "docs/results" / name, tmp_path / "table")
+    page = (REPO / "docs/results.md").read_text()
+    lines = report(tmp_path / "table").split("## By domain")[0].splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) > 12 and not [line for line in rows if line not in page]
+
+
 def test_the_headline_table_is_that_of_its_results_file(tmp_path):
     shutil.copytree(REPO / "docs/results/specialists", tmp_path / "table")
     page = (REPO / "docs/results.md").read_text()

@@ -118,7 +118,8 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
         export_onnx(classifier, calibration[0], part / "model.onnx")
         quantise(part / "model.onnx", part / "model-int8.onnx", calibration)
         about = {"size": view.size, "frames": view.frames, "length": view.length}
-        about |= {"stride": view.stride, "clips": view.clips, "mean": 0.5, "std": 0.25}
+        about |= {"stride": view.stride, "clips": view.clips, "fps": view.fps}
+        about |= {"mean": 0.5, "std": 0.25}
         temperature = calibration_temperature(*as_cases(logits, videos.labels[test]))
         about |= {"temperature": temperature, "several": several}
         save_json(part / "preprocessing.json", about)

@@ -170,11 +170,14 @@ class Student:
     ) -> Iterator[Prediction]:
         """Yield what each stretch shows, of ``window`` seconds, one begun ``every`` seconds.
 
-        By default the whole video is one stretch, and stretches do not overlap. A video that ends
+        By default the whole video is one stretch, or, where the student was trained on so many
+        frames a second, as many seconds as it saw; and stretches do not overlap. A video that ends
         in damage is labelled as far as it goes, with a warning. Raise CannotLabel if there is
         nothing to label.
         """
         name, size = source if isinstance(source, str) else "-", self.about["size"]
+        if window is None and self.about["fps"]:
+            window = self.about["frames"] / self.about["fps"]
         open_, every, last, warning = [], every or window, 0.0, ""
         with open_source(source, raw) as container:
             if not container.streams.video:
