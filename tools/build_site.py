@@ -138,6 +138,10 @@ class Site:
             title = text.partition("\n")[0].lstrip("# ")
             self.write(self.pages[source], title, self.markdown(text, posixpath.dirname(source)))
         shutil.copytree(ROOT / "figures", self.out / "figures", dirs_exist_ok=True)
+        for picture in ROOT.glob("docs/**/*.png"):
+            copy = self.out / picture.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, copy)
         each = [
             f"## {stem.replace('_', ' ')}\n\n![{stem}]({stem}.png)\n\n[PDF]({stem}.pdf)"
             for stem in sorted(path.stem for path in (ROOT / "figures").glob("*.png"))
