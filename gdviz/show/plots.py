@@ -146,17 +146,19 @@ def _length(ax: Axes, texts: Iterable[str], size: float) -> float:
 
 
 def _page(ax: Axes, norm: Normalize, over: bool, note: str) -> tuple[float, float, float]:
-    """Turn a plot into a page measured in points, with a colour bar and a note below.
+    """Turn a plot into a page measured in points, with a colour bar on its right, a note below.
 
-    Return its width, its height and the height of the note. The bar is pointed if a weight lies
-    beyond it.
+    Return the width left of the bar, the height and the height of the note. The bar is pointed if a
+    weight lies beyond it; it lies within the plot, so that panels side by side have one layout.
     """
-    look = {"extend": "max" if over else "neither", "shrink": 0.8, "pad": 0.02, "aspect": 25}
-    bar = ax.figure.colorbar(ScalarMappable(norm, WEIGHTS), ax=ax, label="edge weight", **look)
-    bar.ax.tick_params(labelsize=7)
     ax.axis("off")
-    width, height = _points(ax)
-    ax.set(xlim=(0, width), ylim=(0, height))
+    full, height = _points(ax)
+    ax.set(xlim=(0, full), ylim=(0, height))
+    width = full - 48
+    place = ax.inset_axes((width + 10, 0.1 * height, 8, 0.8 * height), transform=ax.transData)
+    look: dict[str, Any] = {"extend": "max" if over else "neither", "label": "edge weight"}
+    bar = figure_of(ax).colorbar(ScalarMappable(norm, WEIGHTS), cax=place, **look)
+    bar.ax.tick_params(labelsize=7)
     lines = textwrap.wrap(note, max(20, int(width / 3.9)))
     ax.text(width / 2, 0, "\n".join(lines), fontsize=7, ha="center", va="bottom")
     return width, height, 10.0 * len(lines)

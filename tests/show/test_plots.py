@@ -78,7 +78,7 @@ def assert_apart(ax, wanted=None):
 
 
 def colour_bar(ax):
-    return next(a for a in ax.figure.axes if a is not ax)
+    return ax.child_axes[0]
 
 
 # graphs
@@ -118,10 +118,10 @@ def test_width_and_colour_follow_weight_and_glued_edges_are_thin_and_dashed(grap
 
 
 def test_panels_with_one_vmax_share_limits_and_widths(graph):
-    fig, (left, right) = plt.subplots(1, 2)
+    _, (left, right) = plt.subplots(1, 2)
     for ax, of in ((left, graph), (right, logits_graph(heavy=0.4))):
         assert plots.plot_logits_graph(of, ax, vmax=0.8) is ax
-    assert [bar.get_ylim() for bar in fig.axes[2:]] == [(0, 0.8)] * 2
+    assert [colour_bar(ax).get_ylim() for ax in (left, right)] == [(0, 0.8)] * 2
     a, b = (edges(ax)["matching:consensus|order"].get_linewidth() for ax in (left, right))
     assert (a - 0.8) / (b - 0.8) == pytest.approx(0.7 / 0.4, rel=1e-5)
 
@@ -156,6 +156,20 @@ def test_representation_graph_is_drawn_over_teachers_and_as_a_matrix(teachers):
         assert sorted(t for t in texts(ax) if t[0] == "." or t == "1.00") == expected
     assert "1 - CKA to the student" in " ".join(texts(ax)).replace("\n", " ")
     assert sum(t in TEACHERS for t in texts(ax)) == 3 * teachers  # graph, rows and columns
+
+
+def test_panels_side_by_side_have_one_layout():
+    with plots.style():
+        _, panels = plt.subplots(1, 2, figsize=(11, 4.4))
+    places = []
+    for ax in panels:
+        plots.plot_representation_graph(representation_graph(), ax)
+        mesh = next(c for c in ax.collections if isinstance(c, mpl.collections.QuadMesh))
+        places.append(mesh.get_coordinates()[0, 0])
+    np.testing.assert_allclose(places[0], places[1], rtol=0.1)
+    width, height = np.ptp(panels[0].get_xlim()), np.ptp(panels[0].get_ylim())
+    box = panels[0].get_window_extent()
+    assert box.width / box.height == pytest.approx(width / height, rel=0.1)  # not stretched
 
 
 def test_a_teacher_looks_the_same_in_every_plot(graph):
