@@ -153,6 +153,8 @@ def _without_header(lines: list[str]) -> list[dict[str, str]]:
     for line in lines:
         fields = re.split("[,;\t]", line) if re.search("[,;\t]", line) else line.rsplit(None, 1)
         if len(fields) != 2 or Path(fields[0].strip()).suffix.lower() not in EXTENSIONS:
+            if rows:
+                raise ValueError(f"no path and label in {line[:80]!r}")
             return []
         rows.append({"path": fields[0].strip(), "label": fields[1].strip()})
     return rows

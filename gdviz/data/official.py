@@ -26,7 +26,7 @@ class Source(NamedTuple):
 HMDB51_PAGE = "https://serre-lab.clps.brown.edu/resource/hmdb-a-large-human-motion-database/"
 CCV_PAGE = "https://www.ee.columbia.edu/ln/dvmm/CCV/"
 SOURCES = {
-    "UCF101": Source("classInd.txt", "https://www.crcv.ucf.edu/data/UCF101.php", "none stated"),
+    "UCF101": Source("trainlist0?.txt", "https://www.crcv.ucf.edu/data/UCF101.php", "none stated"),
     "HMDB51": Source("*_test_split1.txt", HMDB51_PAGE, "CC BY 4.0, says its page"),
     "CCV": Source("trainVidID.txt", CCV_PAGE, "for research, after a form; it has no videos"),
 }
@@ -51,7 +51,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _ucf101(lists: Path, split: int) -> list[Row]:
-    known, rows = {line.split()[1] for line in _lines(lists / "classInd.txt")}, []
+    known, rows = {line.split()[-1] for line in _lines(lists / "classInd.txt")}, []
     for part in ("train", "test"):
         file = lists / f"{part}list{split:02d}.txt"
         for name in (line.split()[0] for line in _lines(file)):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -76,18 +76,27 @@ def check_profile(profile: Profile) -> None:
 
 
 def check_ranges(settings: Any, prefix: str = "--") -> None:
-    """Raise UserError where a number of a dataclass, or of one in it, is out of its `Range`."""
+    """Raise UserError where a value of a dataclass, or of one in it, is of another type, or out of
+    its `Range`."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value, flag = getattr(settings, name), prefix + name.replace("_", "-")
         if is_dataclass(value):
             check_ranges(value, f"{flag}.")
             continue
-        several = isinstance(value, tuple)
+        several = get_origin(hint) is tuple
         inner = get_args(hint)[0] if several else hint
-        for allowed in getattr(inner, "__metadata__", ()):
-            for number in value if several else (value,):
-                if isinstance(allowed, Range) and number not in allowed:
-                    raise UserError(f"{flag} {number}: needs {allowed}")
+        kind = getattr(inner, "__origin__", inner)  # of what is annotated
+        kinds = (int, float) if kind is float else kind
+        for one in value if several and isinstance(value, tuple) else (value,):
+            if kind is Literal:
+                fits, needs = one in get_args(inner), f"one of {', '.join(get_args(inner))}"
+            else:
+                fits, needs = isinstance(one, kinds), f"{'several ' * several}{kind.__name__}"
+            if not fits or (isinstance(value, tuple) != several):
+                raise UserError(f"{flag} {one!r}: needs {needs}")
+            for allowed in getattr(inner, "__metadata__", ()):
+                if isinstance(allowed, Range) and one not in allowed:
+                    raise UserError(f"{flag} {one}: needs {allowed}")
 
 
 @contextmanager

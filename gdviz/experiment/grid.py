@@ -73,8 +73,16 @@ def read_plan(file: Path) -> Plan:
         words = tomllib.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give the plan's file") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{file}: is no TOML: {error}") from None
+    try:
+        return _plan(words, file)
+    except (TypeError, ValueError, AttributeError) as error:
+        advice = "compare docs/experiments.md"
+        raise UserError(f"{file}: holds a value of the wrong kind ({error}); {advice}") from None
+
+
+def _plan(words: dict[str, Any], file: Path) -> Plan:
     known = {"profile", "draws", "methods", "measures", "contrasts", "settings", "data", "videos"}
     if unknown := set(words) - known:
         raise UserError(f"{file}: unknown {min(unknown)!r}; a plan has {', '.join(sorted(known))}")

@@ -25,7 +25,7 @@ from gdviz.core.names import split_home
 from gdviz.data.clips import to_float
 from gdviz.data.videos import VideoSet
 
-AT_ONCE = 64  # videos that are held as floats
+AT_ONCE = 16  # videos that are held as floats
 
 
 def accuracy(logits: Float[Tensor, "n c"], labels: Int[Tensor, "n ..."]) -> float:
