@@ -116,6 +116,23 @@ def test_too_little_is_refused_by_name(videos, message):
         split(videos)
 
 
+@pytest.mark.parametrize("how", ["folder", "list"])
+def test_the_same_names_in_train_and_test_are_no_leak(tmp_path, how):
+    names = [f"{part}/{c}/000{i}.mp4" for part in ("train", "test") for c in "ab" for i in range(2)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    rows = "".join(f"{n},{n.split('/')[1]},{n.split('/')[0]}\n" for n in names)
+    (tmp_path / "list.csv").write_text("path,label,split\n" + rows)
+    videos = read_list(tmp_path / "list.csv" if how == "list" else tmp_path)
+    assert split(videos) == [v.path.parent.parent.name for v in videos]
+    recordings = [f"{part}/a/v_a_g01_c0{i}.mp4" for part in ("train", "test") for i in range(2)]
+    for name in recordings:  # of one recording
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"train/a/v_a_g01.* and .*test/a/v_a_g01.* recording"):
+        split(read_list(tmp_path))
+
+
 def test_given_splits_are_kept_checked_and_hide_labels():
     each = [("train", "1"), ("train", "2"), ("test", "3")]
     kept = [video(label, label + group, part) for label in "ab" for part, group in each]

@@ -14,6 +14,7 @@ from gdviz.config import MotionData, View
 from gdviz.core.files import UserError
 from gdviz.data import cache as caches
 from gdviz.data.clips import pick_frames
+from gdviz.data.listing import read_list
 from gdviz.data.reading import DamagedVideo, read_square
 from gdviz.data.videos import VideoSet, load_motion, load_videos
 
@@ -191,6 +192,14 @@ def test_unlabelled_videos_of_recordings_that_are_tested_on_are_left_out_by_name
     assert {os.path.basename(path)[:-4] for path, _ in found.skipped} == tested
     assert found.splits.count("unlabelled") == 6 - len(tested)
     assert all("a recording that is tested on" in reason for _, reason in found.skipped)
+
+
+def test_a_cache_in_the_folder_of_videos_itself_is_no_data_and_makes_it_no_cache(video_folder):
+    root = video_folder(where=video_folder() / "more")  # a/..., b/..., more/a/..., more/b/...
+    for _ in range(2):
+        found = load_videos(root, VIEW, root, storage="transcode")
+        assert found.label_names == ("a", "b") and len(found.splits) == 6
+    assert len(read_list(root.parent)) == 12
 
 
 @pytest.mark.parametrize("storage", ["memmap", "transcode"])

@@ -1,9 +1,14 @@
 """Measures of the field against brute force on sizes at which they can be counted by hand."""
 
+import os
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import memory_set
+from conftest import REPO, memory_set
 from sklearn.model_selection import GridSearchCV
 
 from gdviz.experiment import metrics
@@ -86,3 +91,13 @@ def test_the_single_frame_that_is_judged_is_the_middle_one():
     pixels[1::2, 4, :6] = 255
     videos = memory_set(pixels, labels, ["train"] * 30 + ["test"] * 30)
     assert shortcut_baselines(videos)["single-frame"] > 0.9
+
+
+def test_memory_does_not_grow_with_the_set():
+    """Of 130 and of 230 videos, each of which takes 3 MB as floats."""
+    program = [sys.executable, str(REPO / "benchmarks" / "memory.py"), "130", "230"]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, re.findall(r"all (\d+) MB", done.stdout))
+    assert many - few < 80, done.stdout
