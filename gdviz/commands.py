@@ -294,7 +294,7 @@ def execute(command: str, words: list[str]) -> None:
             raise UserError(f"{command}: unknown; there is `gdviz data check DIR`")
         tyro.cli(commands[command], prog=f"gdviz {command}", args=words)
     except (UserError, WorkerDied, ValueError, FloatingPointError) as error:
-        sys.exit(f"gdviz: {error}")
+        sys.exit("gdviz: " + " ".join(str(error).splitlines()))  # names may hold line ends
     except KeyboardInterrupt as stop:
         print("gdviz: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
