@@ -161,6 +161,23 @@ def test_other_tables_are_those_of_their_results_files(name, tmp_path):
     assert len(rows) > 12 and not [line for line in rows if line not in page]
 
 
+def test_what_was_tried_is_what_its_files_say():
+    folder, page = REPO / "docs/results/development", (REPO / "docs/tried.md").read_text()
+    right = pd.read_csv(folder / "routing.csv").pivot(index="rule", columns="draw", values="right")
+    room = right.loc["the truth: who is at home"] - right.loc["uniform"]
+    for rule, row in right.iterrows():
+        closed = 100 * (row - right.loc["uniform"]) / room
+        text = f"| {rule} | {row.mean():.1f} | {closed.mean():.0f} ({closed.min():.0f}) |\n"
+        assert text in page
+    tried = pd.read_csv(folder / "representation.csv").set_index(["draw", "seed"])
+    groups = {name: rows.drop(columns="variant") for name, rows in tried.groupby("variant")}
+    base = groups.pop("logits graph")
+    for name, rows in groups.items():
+        gains = 100 * (rows - base.loc[rows.index])
+        draws, cells = gains.index.unique("draw"), [f"{x:+.1f}" for x in gains.mean()]
+        assert f"| {name} | {len(gains)} | {len(draws)} | {' | '.join(cells)} |\n" in page
+
+
 def test_the_headline_table_is_that_of_its_results_file(tmp_path):
     shutil.copytree(REPO / "docs/results/specialists", tmp_path / "table")
     page = (REPO / "docs/results.md").read_text()
