@@ -28,8 +28,8 @@ from gdviz.experiment import grid, steps
 from gdviz.experiment.bench import YARDSTICKS, bench, bench_table, contenders
 from gdviz.experiment.checks import check_ranges
 from gdviz.experiment.estimate import estimate
-from gdviz.experiment.export import export
 from gdviz.experiment.folder import Run, default_folder, environment, open_run
+from gdviz.experiment.model_folder import export
 from gdviz.experiment.report import report
 from gdviz.experiment.tables import evaluation, table
 from gdviz.show.comparisons import draw_comparisons

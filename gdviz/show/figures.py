@@ -25,7 +25,7 @@ from gdviz.experiment.folder import Run
 from gdviz.graphs import effective_number
 from gdviz.show import plots
 from gdviz.student.edges import Graphs
-from gdviz.teachers.bank import Bank, as_cases
+from gdviz.teachers.bank import Bank, cases_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Finished:
     def matched(self) -> nx.Graph:
         """Return the logits graph of the test videos, with the student."""
         test, graph, t = self.test, self.graphs.logits, self.graphs.logits.temperature
-        said, _ = as_cases(self.outputs["logits"][test], self.videos.labels[test])
+        said = cases_of(self.outputs["logits"][test], self.bank.cases_each > 1)
         student, cases = torch.softmax(said / t, 1), self.bank.cases(test)
         weights = self.graphs.edges.teachers[-1][cases]
         return graph.to_networkx(self.bank.probs(t)[cases], weights, student)
@@ -100,10 +100,8 @@ def _representation_graph(look: Finished) -> Axes | None:
         return None
     graph, edges, test = look.graphs.representation, look.graphs.edges, look.test
     features = look.outputs["features"][test], look.bank.features_at(test)
-    consensus = edges.consensus[-1][look.bank.cases(test)]
-    if look.bank.cases_each > 1:
-        consensus = consensus[:, 1].unflatten(0, (len(test), -1))
-    distances = graph.distances(*features, consensus)
+    labels = look.bank.soft_labels(edges.consensus[-1][look.bank.cases(test)])
+    distances = graph.distances(*features, labels)
     return plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances))
 
 

@@ -15,12 +15,11 @@ from gdviz.core import distributed
 from gdviz.core.loop import Bookkeeping, train
 from gdviz.data.clips import augment, clip_places, to_float
 from gdviz.data.videos import VideoSet
-from gdviz.graphs import two_class
 from gdviz.student.edges import Graphs
 from gdviz.student.family import build_student
 from gdviz.student.methods import Batch, Method, Setting, find_method
 from gdviz.teachers.backbones import Classifier, Clips
-from gdviz.teachers.bank import Bank, as_cases
+from gdviz.teachers.bank import Bank, cases_of
 
 
 class Balance(nn.Module):
@@ -102,13 +101,11 @@ def student_step(
 
     clips = lesson.clips(rows, which, rng)
     features = distributed.gather(classifier.backbone(clips))  # from here on: the whole batch
-    logits = classifier.fc(features)
-    labels = lesson.videos.labels[rows[:labelled]].to(logits.device)
-    loss = ce = cross_entropy(*as_cases(logits[:labelled], labels))
+    logits = cases_of(classifier.fc(features), lesson.bank.cases_each > 1)
+    labels = lesson.videos.labels[rows[:labelled]].flatten().to(logits.device)
+    loss = ce = cross_entropy(logits[: len(labels)], labels)
 
     moment = lesson.graphs.edges.at(epoch / cfg.schedule.epochs)
-    if lesson.bank.cases_each > 1:
-        logits = two_class(logits).flatten(0, 1)
     batch = Batch(rows, which, logits, features, rng)
     terms = method.losses(batch, lesson.bank, lesson.graphs.edges, moment)
     if epoch == 0:

@@ -149,11 +149,9 @@ class ThroughRepresentationGraph(Method):
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
         features = [batch.to(f) for f in bank.features_at(batch.rows, batch.clips)]
-        consensus, pairs = edges.consensus[moment, bank.cases(batch.rows)], edges.pairs[moment]
-        if bank.cases_each > 1:
-            consensus = consensus[:, 1].unflatten(0, (len(batch.rows), -1))  # what is there
-        args = features, batch.to(consensus), batch.to(pairs)
-        return {"repr": self.graph.loss(batch.features, *args)}
+        labels = bank.soft_labels(edges.consensus[moment, bank.cases(batch.rows)])
+        weights = batch.to(edges.pairs[moment])
+        return {"repr": self.graph.loss(batch.features, features, batch.to(labels), weights)}
 
 
 class ThroughBothGraphs(ThroughRepresentationGraph):

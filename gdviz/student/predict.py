@@ -116,6 +116,49 @@ def open_source(source: str | BinaryIO, raw: str = "") -> Any:
         raise CannotLabel(f"cannot be opened as a video ({reason})") from None
 
 
+class Reel:
+    """Frames of an open video with their times; ``warning`` says where damage ended them."""
+
+    def __init__(self, container: Any) -> None:
+        if not container.streams.video:
+            raise CannotLabel("no video stream")
+        stream = container.streams.video[0]
+        self.frames, self.count, self.end, self.warning = container.decode(stream), 0, 0.0, ""
+        self.rate = float(stream.average_rate or stream.guessed_rate or 25)
+
+    def __iter__(self) -> Iterator[tuple[float, Any]]:
+        try:
+            for frame in self.frames:
+                now = float(frame.time) if frame.time is not None else self.count / self.rate
+                self.count, self.end = self.count + 1, now + 1 / self.rate
+                yield now, frame
+        except FFmpegError as error:
+            where = f"labelled up to {self.end:.1f} s, where it is damaged"
+            self.warning = f"{where} ({error.strerror})"
+
+
+def cut(
+    reel: Reel, size: int, window: float | None, every: float | None
+) -> Iterator[tuple[Stretch, float]]:
+    """Yield stretches of a reel, each with where it ends, as soon as it does."""
+    running: list[Stretch] = []
+    begun = 0.0
+    for now, frame in reel:
+        while running and window and now >= running[0].start + window:
+            done = running.pop(0)
+            yield done, done.start + window
+        if reel.count == 1 or (every and now >= begun + every):
+            begun = now if reel.count == 1 or not every else begun + every
+            running.append(Stretch(begun))
+        pixels = None
+        if any(stretch.wants() for stretch in running):
+            upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            pixels = square(upright, size)
+        for stretch in running:
+            stretch.add(pixels if stretch.wants() else None)
+    yield from ((stretch, reel.end) for stretch in running)
+
+
 class Student:
     """An exported student."""
 
@@ -178,45 +221,18 @@ class Student:
         name, size = source if isinstance(source, str) else "-", self.about["size"]
         if window is None and self.about["fps"]:
             window = self.about["frames"] / self.about["fps"]
-        open_, every, last, warning = [], every or window, 0.0, ""
+        labelled = 0
         with open_source(source, raw) as container:
-            if not container.streams.video:
-                raise CannotLabel("no video stream")
-            stream = container.streams.video[0]
-            rate, count, short = float(stream.average_rate or stream.guessed_rate or 25), 0, 0
-            frames = container.decode(stream)
-            while True:
-                try:
-                    frame = next(frames)
-                except StopIteration:
-                    break
-                except FFmpegError as error:
-                    warning = f"labelled up to {last:.1f} s, where it is damaged ({error.strerror})"
-                    break
-                now = float(frame.time) if frame.time is not None else count / rate
-                while open_ and window and now >= open_[0].start + window:
-                    done = open_.pop(0)
-                    if done.seen > 1:
-                        yield self._prediction(name, done, done.start + window, "")
-                        short += 1
-                if not count or (every and now >= begun + every):
-                    begun = now if not count or not every else begun + every
-                    open_.append(Stretch(begun))
-                pixels = None
-                if any(stretch.wants() for stretch in open_):
-                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                    pixels = square(upright, size)
-                for stretch in open_:
-                    stretch.add(pixels if stretch.wants() else None)
-                last, count = now, count + 1
-        for stretch in open_:  # what is left is labelled if half of a stretch is there
-            enough = not window or not short or last + 1 / rate - stretch.start >= window / 2
-            if stretch.seen > 1 and enough:
-                yield self._prediction(name, stretch, last + 1 / rate, warning)
-                short += 1
-        if not short:
-            reason = warning or f"{count} frame{'s' * (count != 1)} only: nothing moves"
-            raise CannotLabel(reason)
+            reel = Reel(container)
+            for stretch, end in cut(reel, size, window, every or window):
+                # What is left at the end is labelled if half of a stretch is there.
+                enough = not window or not labelled or end - stretch.start >= window / 2
+                if stretch.seen > 1 and enough:
+                    yield self._prediction(name, stretch, end, reel.warning)
+                    labelled += 1
+        if not labelled:
+            frames = f"{reel.count} frame{'s' * (reel.count != 1)} only: nothing moves"
+            raise CannotLabel(reel.warning or frames)
 
     def predict(self, source: str | BinaryIO, **options: Any) -> list[Prediction]:
         """Return what :meth:`stream` yields: one prediction a video, or one a stretch."""

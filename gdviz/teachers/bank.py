@@ -75,13 +75,16 @@ def calibration_temperature(
     return float(grid[(torch.stack(each) @ weights).argmin()])
 
 
+def cases_of(logits: Float[Tensor, "n c"], several: bool) -> Float[Tensor, "m d"]:
+    """Return logits as they are, or with ``several`` labels a video a case a class: is it there?"""
+    return two_class(logits).flatten(0, 1) if several else logits
+
+
 def as_cases(
     logits: Float[Tensor, "n c"], labels: Int[Tensor, "n ..."]
 ) -> tuple[Float[Tensor, "m d"], Int[Tensor, " m"]]:
-    """Return logits and labels; where videos have several labels, a case a class: is it there?"""
-    if labels.ndim == 1:
-        return logits, labels
-    return two_class(logits).flatten(0, 1), labels.flatten()
+    """Return the cases of logits, and their labels."""
+    return cases_of(logits, labels.ndim > 1), labels.flatten()
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,11 @@ class Bank:
         each = self.cases_each
         return (rows[:, None] * each + torch.arange(each, device=rows.device)).flatten()
 
+    def soft_labels(self, probs: Float[Tensor, "q c"]) -> Float[Tensor, "b _"]:
+        """Return probabilities of cases as soft labels of their videos."""
+        each = self.cases_each
+        return probs if each == 1 else probs[:, 1].unflatten(0, (-1, each))
+
     @property
     def targets(self) -> Int[Tensor, "n ..."]:
         """Return the labels by video, as those of the set."""
@@ -359,7 +367,7 @@ def _logits(
     readouts: Sequence[Readout], rows: Tensor, clips: Tensor | None, several: bool
 ) -> Float[Tensor, "m k c"]:
     said = [readout.at("logits", rows, clips) / readout.temperature for readout in readouts]
-    return torch.stack([two_class(z).flatten(0, 1) if several else z for z in said], 1)
+    return torch.stack([cases_of(z, several) for z in said], 1)
 
 
 def gather(readouts: dict[str, Readout], videos: VideoSet) -> Bank:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gdviz.core.files import UserError
-from gdviz.experiment import export as module
-from gdviz.experiment.export import export
+from gdviz.experiment import model_folder as module
+from gdviz.experiment.model_folder import export
 from gdviz.student import predict
 from gdviz.student.export import export_onnx, quantise
 from gdviz.student.family import build_student
