@@ -95,6 +95,8 @@ def test_two_dimensional_convolutions_are_quantised_and_others_left(tmp_path):
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     kinds = [made_by.get(n.input[1], "") for n in graph.node if n.op_type == "Conv"]
     assert sorted(kinds) == ["", "DequantizeLinear"]
+    (linear,) = [n for n in graph.node if n.op_type in ("Gemm", "MatMul")]
+    assert made_by.get(linear.input[1]) != "DequantizeLinear"
 
 
 def test_several_labels_are_answered_one_by_one(made, finished):
