@@ -17,7 +17,8 @@ from gdviz.experiment.folder import Run
 from gdviz.experiment.metrics import accuracy, average_precision
 from gdviz.experiment.steps import execute
 from gdviz.experiment.tables import evaluation, table
-from gdviz.graphs import two_class
+from gdviz.graphs import pair_alignment, two_class
+from gdviz.graphs.kernels import unbiased_cka
 from gdviz.show.figures import draw_figures
 from gdviz.student.distill import distill
 from gdviz.student.edges import Graphs, build_graphs, learn_edges
@@ -155,6 +156,25 @@ def test_edges_are_of_each_class_of_each_video(run):
     shuffled = bank.shuffled(videos.training_rows, 0)
     told = bank.logits_at(shuffled.dealt[row])
     assert torch.equal(shuffled.logits_at(row), told)
+
+
+def test_cases_become_the_soft_labels_of_their_videos(run):
+    bank = run.bank(0, run.videos())
+    there = torch.rand(6, 3)
+    cases = torch.stack([1 - there, there], -1).flatten(0, 1)
+    assert torch.equal(bank.soft_labels(cases), there)
+
+
+def test_pairs_are_weighed_by_all_labels_of_a_video():
+    torch.manual_seed(0)
+    labels, x = torch.randint(2, (12, 3)), torch.randn(12, 5)
+    grams = torch.stack([x @ x.T, labels.float() @ labels.float().T])
+    found = pair_alignment(grams, labels)
+    assert found[1] == pytest.approx(1) and found[0] < 0.5
+    known = labels.clone()
+    known[9:] = -1  # nothing is known of them
+    expected = unbiased_cka(grams[0, :9, :9], grams[1, :9, :9])
+    torch.testing.assert_close(pair_alignment(grams, known)[0], expected)
 
 
 def test_tables_and_figures_are_made(run, tmp_path):
