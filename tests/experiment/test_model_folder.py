@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from gdviz.core.files import UserError
+from gdviz.data.clips import clip_places, to_float
 from gdviz.experiment import model_folder as module
 from gdviz.experiment.model_folder import export
 from gdviz.student import predict
 from gdviz.student.export import export_onnx, quantise
 from gdviz.student.family import build_student
+from gdviz.teachers.bank import calibration_temperature
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -49,6 +51,31 @@ def test_its_answers_are_those_of_the_run(made, finished):
         p = student.probabilities(videos.batch(torch.tensor([row]))[0].numpy())
         expected = torch.softmax(logits[row] / card["temperature"], 0)
         np.testing.assert_allclose(p, expected.numpy(), atol=1e-4)
+
+
+def test_it_sees_the_clips_that_were_tested_on(made, finished):
+    out, _ = made
+    videos, view, student = finished.videos(), finished.profile.view, predict.load_student(out)
+    seen = []
+
+    class Spy:
+        def run(self, names, feed):
+            seen.append(feed["clips"])
+            return [np.zeros((len(feed["clips"]), 12), np.float32)]
+
+    student.session, row = Spy(), torch.tensor([5])
+    student.probabilities(videos.batch(row)[0].numpy())
+    at = [videos.clips(row, view.length, view.stride, place=p) for p in clip_places(view.clips)]
+    expected = torch.cat([to_float(clip).transpose(1, 2) for clip in at])
+    np.testing.assert_allclose(seen[0], expected.numpy(), atol=1e-5)
+
+
+def test_its_temperature_is_the_one_that_calibrates(made, finished):
+    videos = finished.videos()
+    file = finished.student_folder(0, "both-graphs") / "outputs.safetensors"
+    test = videos.rows("test")
+    logits = module.load_tensors(file)["logits"][test]
+    assert made[1]["temperature"] == calibration_temperature(logits, videos.labels[test]) != 1
 
 
 def test_another_method_is_exported_and_an_unknown_one_is_named(finished, tmp_path):
