@@ -152,7 +152,7 @@ def test_the_numbers_of_the_docs_are_those_of_the_results():
         assert f" | {spread(gained[name])} |\n" in text
 
 
-@pytest.mark.parametrize("name", ["unnamed", "ut_interaction"])
+@pytest.mark.parametrize("name", ["unnamed", "unnamed_again", "ut_interaction"])
 def test_other_tables_are_those_of_their_results_files(name, tmp_path):
     shutil.copytree(REPO / "docs/results" / name, tmp_path / "table")
     page = (REPO / "docs/results.md").read_text()
@@ -188,6 +188,8 @@ def test_the_headline_table_is_that_of_its_results_file(tmp_path):
     ours, readme = summarise(students).loc["both-graphs"], (REPO / "README.md").read_text()
     assert f"right on {ours['mean']:.1f} % of test clips" in readme
     assert f"(95 % interval {ours['low']:.1f} to {ours['high']:.1f})" in readme
-    for row in compare(students, contrasts[:3]).to_dict("records"):
+    again = wide(pd.read_csv(REPO / "docs/results/unnamed_again/results.csv"), "unnamed probe")
+    rows = [compare(students, contrasts[:3]), compare(again, [("both-graphs", "logits-graph")])]
+    for row in pd.concat(rows).to_dict("records"):
         interval = f"{row['low']:+.1f} to {row['high']:+.1f}"
         assert f"{row['difference']:+.1f} points ({interval})" in readme
