@@ -56,7 +56,6 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,  # text stays text
     "svg.fonttype": "none",
     "svg.hashsalt": "gdviz",
-    "text.parse_math": False,  # a class may be named pay_$^$
 }
 style = partial(mpl.rc_context, STYLE)  # for a ``with`` block, or a decorator
 NUMBERED = 5  # teachers of a graph whose edges have room for numbers
@@ -121,6 +120,11 @@ def _name(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 
         look = {"arrowprops": lead | {"color": colours[k]}, "ha": "left" if side > 0 else "right"}
         place = 18 * side, height - heights[k]
         ax.annotate(names[k], tuple(points[k]), place, **look, **_OFFSET)
+
+
+def as_text(names: Names) -> list[str]:
+    """Return names of classes as matplotlib draws them letter by letter: one may be pay_$^$."""
+    return [str(name).replace("$", r"\$") for name in names]
 
 
 def short(name: str, most: int = 20) -> str:
@@ -301,7 +305,7 @@ def _heat(
     """
     ax = _axes(ax, 5.2, 4.2)
     width, height = _points(ax)
-    most = max(WHOLE, min(24, int(0.05 * width)))
+    labels, most = as_text(labels), max(WHOLE, min(24, int(0.05 * width)))
     whole = [f"{k} {name}" for k, name in enumerate(labels, 1) if len(name) > most]
     if whole:
         labels = [f"{k} {short(name, most)}" for k, name in enumerate(labels, 1)]
@@ -398,6 +402,7 @@ def plot_embedding(points: Any, labels: Any, names: Names, ax: Place = None) -> 
     the most frequent first, where there is room.
     """
     ax, points, labels = _axes(ax, 5.2, 3.8), _array(points), _array(labels)
+    names = as_text(names)
     few = len(names) <= 2 * NAMED
     if (labels < 0).any():
         ax.scatter(*points[labels < 0].T, s=7, c="#bbbbbb", lw=0, label="unlabelled")
@@ -528,7 +533,7 @@ def plot_filmstrip(
     ax.imshow(framed.swapaxes(1, 2).reshape(n * height, t * width, 3), interpolation="nearest")
     numbers = [f"{every * j}" if j else "frame 0" for j in range(t)]
     ax.set_xticks((np.arange(t) + 0.5) * width, columns or numbers)
-    ax.set_yticks((np.arange(n) + 0.5) * height, titles or [""] * n)
+    ax.set_yticks((np.arange(n) + 0.5) * height, as_text(titles or [""] * n))
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax

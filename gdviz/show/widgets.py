@@ -133,7 +133,7 @@ class PlanExplorer(Explorer):
             consensus = graphs.barycenter(p, torch.ones_like(p[:, 0]), self.cost, eps=eps, tol=1e-4)
         plan, drawn = solved.plan(), torch.stack([a, b, consensus.distribution])
         heaviest = drawn.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
-        labels = [str(self.class_names[c]) for c in heaviest.tolist()]
+        labels = plots.as_text([self.class_names[c] for c in heaviest.tolist()])
         shown = pd.DataFrame(drawn.T[heaviest], labels, [first, second, "consensus of all"])
         shown.plot.barh(ax=bars, width=0.81, ec="white", xlim=(0, 1), legend=False)
         for container, hatch in zip(bars.containers, ("", "////", "...."), strict=True):
@@ -307,6 +307,6 @@ class MotionPlayer(Explorer):
 
     def draw(self, axes: Panels, clip: int, frame: int) -> Numbers:
         axes[0].imshow(self.videos[clip, frame], interpolation="nearest")
-        axes[0].set_title(self.titles[clip])
+        axes[0].set_title(*plots.as_text([self.titles[clip]]))
         axes[0].axis("off")
         return {"clip": self.titles[clip], "frame": f"{frame + 1} of {self.videos.shape[1]}"}

@@ -20,7 +20,7 @@ from gdviz.experiment import steps
 from gdviz.experiment.folder import Run, open_run
 from gdviz.experiment.steps import execute
 from gdviz.experiment.tables import evaluation
-from gdviz.show import figures, plots
+from gdviz.show import figures
 
 ODD_CLASSES = ("pay_$^$", "一二三 \U0001f600")
 SMALL = replace(
@@ -90,7 +90,6 @@ def test_a_figure_that_fails_is_told_and_takes_no_other_along(odd, tmp_path, mon
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         figures.draw_figures(odd, tmp_path / "file")
-    assert plots.STYLE["text.parse_math"] is False
 
 
 def test_more_than_a_thousand_skipped_files_are_told_by_reason(tmp_path, monkeypatch, capsys):

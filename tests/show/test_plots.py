@@ -1,6 +1,7 @@
 """Plots hold what they promise, change nothing around them, and are the same bytes twice."""
 
 import os
+import re
 import subprocess
 import sys
 from itertools import combinations
@@ -508,3 +509,24 @@ def test_an_embedding_leaves_pytorch_its_threads():
     before = torch.get_num_threads()
     plots.embed(torch.randn(12, 4))
     assert torch.get_num_threads() == before
+
+
+def test_a_class_named_like_mathematics_is_drawn_letter_by_letter(tmp_path):
+    names = ("pay_$^$", "$")
+    axes = [
+        plots.plot_plan(torch.eye(2), names, "a", "b"),
+        plots.plot_embedding(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), names),
+        plots.plot_filmstrip(torch.zeros(2, 3, 4, 8, 8), names),
+    ]
+    for k, ax in enumerate(axes):
+        plots.save_figure(plots.figure_of(ax), tmp_path, str(k))
+        assert "pay_$^$" in (tmp_path / f"{k}.svg").read_text(), k
+
+
+def test_logarithmic_axes_have_numbers_not_markup(tmp_path):
+    with plots.style():
+        fig, ax = plt.subplots()
+        ax.semilogx([0.01, 0.1, 1], [1, 2, 3])
+        plots.save_figure(fig, tmp_path, "log")
+    drawn = re.sub("<!--.*?-->", "", (tmp_path / "log.svg").read_text())
+    assert "mathdefault" not in drawn
