@@ -117,14 +117,20 @@ class LogitsGraph(nn.Module):
 
     @torch.no_grad()
     def to_networkx(
-        self, teacher_probs: TeacherProbs, weights: Weights, student_probs: Probs | None = None
+        self,
+        teacher_probs: TeacherProbs,
+        weights: Weights,
+        student_probs: Probs | None = None,
+        *,
+        plans: bool = False,
     ) -> "nx.Graph":
-        """Return the graph averaged over a batch, for plots.
+        """Return the graph averaged over a batch, for plots and for ``networkx.write_graphml``.
 
         Nodes have a ``kind``: teacher, consensus or student. Edges have a ``kind``: matching
         (consensus - teacher), glued (teacher - teacher) or distillation (student - others); a
         ``weight``, for glued ones ``mean_n w_ni w_nj``; a ``cost``, the mean divergence, for glued
-        ones ``<plan, D>``; a numpy ``plan`` and the vertices of its ``rows`` and ``columns``.
+        ones ``<plan, D>``; and the vertices of the plan's ``rows`` and ``columns``. With ``plans``
+        they have a numpy ``plan``, too, which GraphML cannot hold.
         """
         import networkx as nx
 
@@ -134,14 +140,14 @@ class LogitsGraph(nn.Module):
 
         def connect(rows, columns, kind, weight, cost, plan):
             about = {"kind": kind, "weight": float(weight), "rows": rows, "columns": columns}
-            about |= {"cost": float(cost.mean()), "plan": plan.mean(0).cpu().numpy()}
-            graph.add_edge(rows, columns, **about)
+            about |= {"plan": plan.mean(0).cpu().numpy()} if plans else {}
+            graph.add_edge(rows, columns, cost=float(cost.mean()), **about)
 
         star, mean = self.match(teacher_probs, weights), weights.mean(dim=0)
-        plans, b = star.plans, star.distribution
+        b = star.distribution
         costs = self._divergence(teacher_probs, b[:, None])
         for k, name in enumerate(self.teachers):
-            connect("consensus", name, "matching", mean[k], costs[:, k], plans[:, k])
+            connect("consensus", name, "matching", mean[k], costs[:, k], star.plans[:, k])
         for i, j in combinations(range(len(self.teachers)), 2):
             plan = star.pair_plan(i, j)
             cost, weight = (plan * self.cost.to(plan)).sum((-2, -1)), weights[:, i] * weights[:, j]
@@ -149,11 +155,11 @@ class LogitsGraph(nn.Module):
         if student_probs is not None:
             graph.add_node("student", kind="student")
             q, targets = student_probs[:, None], torch.cat([teacher_probs, b[:, None]], dim=1)
-            plans = transport.sinkhorn(q, targets, self.cost, **self.solver).plan()
+            found = transport.sinkhorn(q, targets, self.cost, **self.solver).plan()
             costs = self._divergence(targets, q)
             for k, name in enumerate((*self.teachers, "consensus")):
                 weight = self.beta if name == "consensus" else mean[k]
-                connect("student", name, "distillation", weight, costs[:, k], plans[:, k])
+                connect("student", name, "distillation", weight, costs[:, k], found[:, k])
         return graph
 
 

@@ -173,13 +173,16 @@ class RepresentationGraph(nn.Module):
         return (pair_weights.detach().to(distances) * distances).sum()
 
     def to_networkx(self, pair_weights: PerPair, distances: PerPair) -> "nx.Graph":
-        """Return a star of pairs ``"a+b"`` around ``"student"``; edges have weight and distance."""
+        """Return a star of pairs ``"a+b"``, of ``first`` and ``second``, around ``"student"``.
+
+        Edges have a weight and a distance. ``networkx.write_graphml`` can write it.
+        """
         import networkx as nx
 
         graph = nx.Graph(route=self.route, distance=self.distance)
         graph.add_node("student", kind="student")
         for e, (name, (i, j)) in enumerate(zip(self.names, self.pairs, strict=True)):
             values = {"weight": float(pair_weights[e]), "distance": float(distances[e])}
-            graph.add_node(name, kind="pair", teachers=(self.teachers[i], self.teachers[j]))
+            graph.add_node(name, kind="pair", first=self.teachers[i], second=self.teachers[j])
             graph.add_edge(name, "student", kind="distance", **values)
         return graph

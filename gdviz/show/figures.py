@@ -49,13 +49,13 @@ class Finished:
         """Rows of the test videos."""
         return self.videos.rows("test")
 
-    def matched(self) -> nx.Graph:
-        """Return the logits graph of the test videos, with the student."""
+    def matched(self, plans: bool = False) -> nx.Graph:
+        """Return the logits graph of the test videos, with the student, and plans if asked for."""
         test, graph, t = self.test, self.graphs.logits, self.graphs.logits.temperature
         said = cases_of(self.outputs["logits"][test], self.bank.cases_each > 1)
         student, cases = torch.softmax(said / t, 1), self.bank.cases(test)
         weights = self.graphs.edges.teachers[-1][cases]
-        return graph.to_networkx(self.bank.probs(t)[cases], weights, student)
+        return graph.to_networkx(self.bank.probs(t)[cases], weights, student, plans=plans)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def _plan(look: Finished) -> Axes | None:
     """The plan between the two heaviest teachers."""
     if len(look.bank.teachers) < 2:
         return None
-    graph = look.matched()
+    graph = look.matched(plans=True)
     a, b = sorted(look.bank.teachers, key=lambda t: -graph["consensus"][t]["weight"])[:2]
     edge = graph[a][b]
     return plots.plot_plan(edge["plan"], look.classes, edge["rows"], edge["columns"])

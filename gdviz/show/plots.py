@@ -241,7 +241,10 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
     or below it, stand weights below the diagonal and above it the distances of the pairs to the
     student's counterparts; a single teacher's pair with itself has both in its cell.
     """
-    pairs = {graph.nodes[p]["teachers"]: edge for _, p, edge in graph.edges("student", data=True)}
+    pairs = {
+        (graph.nodes[p]["first"], graph.nodes[p]["second"]): edge
+        for _, p, edge in graph.edges("student", data=True)
+    }
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
     count, heaviest = len(names), max(edge["weight"] for edge in pairs.values())
     distance = {"mmd": "MMD²", "cka": "1 - CKA", "coral": "CORAL"}[graph.graph["distance"]]

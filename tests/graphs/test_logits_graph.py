@@ -3,6 +3,7 @@
 import json
 from itertools import product
 
+import networkx as nx
 import numpy as np
 import ot
 import pytest
@@ -130,7 +131,7 @@ def test_settings_and_state_give_the_graph_back(batch):
 def test_to_networkx(batch):
     graph, z, p, w = batch
     q = (z / 2).softmax(-1)
-    g = graph.to_networkx(p, w, q)
+    g = graph.to_networkx(p, w, q, plans=True)
     kinds = {"consensus": "consensus", "student": "student"} | dict.fromkeys("abc", "teacher")
     assert dict(g.nodes(data="kind")) == kinds and g.number_of_edges() == 3 + 3 + 4
     of = {"student": q, "consensus": graph.consensus(p, w)}
@@ -143,6 +144,14 @@ def test_to_networkx(batch):
     assert g.edges["a", "c"]["weight"] == pytest.approx(float((w[:, 0] * w[:, 2]).mean()))
     assert g.edges["a", "c"]["kind"] == "glued" and g.edges["student", "consensus"]["weight"] == 1
     assert "student" not in graph.to_networkx(p, w)
+
+
+def test_to_networkx_can_be_written_as_graphml(batch, tmp_path):
+    graph, _, p, w = batch
+    g = graph.to_networkx(p, w, p[:, 0])
+    nx.write_graphml(g, tmp_path / "graph.xml")
+    read = nx.read_graphml(tmp_path / "graph.xml")
+    assert dict(read.nodes) == dict(g.nodes) and read.adj == g.adj
 
 
 def test_what_does_not_fit_is_refused(batch):

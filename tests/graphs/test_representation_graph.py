@@ -2,6 +2,7 @@
 
 import json
 
+import networkx as nx
 import pytest
 import torch
 from graph_cases import normal
@@ -221,14 +222,17 @@ def test_autocast(route):
     assert value.dtype == torch.float32 and h.grad.isfinite().all() and h.grad.abs().sum() > 0
 
 
-def test_to_networkx():
+def test_to_networkx(tmp_path):
     graph, h, features = make()
     distances = graph.distances(h, features).detach()
     g = graph.to_networkx(torch.tensor([0.2, 0.3, 0.5]), distances)
     assert set(g.nodes) == {"student", "t0+t1", "t0+t2", "t1+t2"}
     assert g.edges["t1+t2", "student"]["weight"] == pytest.approx(0.5)
     assert g.edges["t0+t1", "student"]["distance"] == float(distances[0])
-    assert g.nodes["t0+t2"]["teachers"] == ("t0", "t2")
+    assert (g.nodes["t0+t2"]["first"], g.nodes["t0+t2"]["second"]) == ("t0", "t2")
+    nx.write_graphml(g, tmp_path / "graph.xml")
+    read = nx.read_graphml(tmp_path / "graph.xml")
+    assert dict(read.nodes) == dict(g.nodes) and read.adj == g.adj
 
 
 def test_bad_arguments_raise():

@@ -139,7 +139,10 @@ def test_colour_bar_ends_at_the_heaviest_teacher_and_points_beyond_for_beta(grap
 def test_representation_graph_is_drawn_over_teachers_and_as_a_matrix(teachers):
     graph = representation_graph(teachers, "cka")
     ax = plots.plot_representation_graph(graph)
-    pairs = {graph.nodes[p]["teachers"]: e for _, p, e in graph.edges("student", data=True)}
+    pairs = {
+        (graph.nodes[p]["first"], graph.nodes[p]["second"]): e
+        for _, p, e in graph.edges("student", data=True)
+    }
     drawn = {tuple(g.removeprefix("pair:").split("|")): p for g, p in edges(ax).items()}
     assert drawn.keys() == {pair for pair in pairs if pair[0] != pair[1]}
     by_weight = sorted(drawn, key=lambda pair: pairs[pair]["weight"])
