@@ -7,6 +7,7 @@ by colour *and* width. ``save_figure`` is the only function that writes.
 from __future__ import annotations
 
 import math
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -438,9 +439,18 @@ def embed(features: Any, seed: int = 0) -> np.ndarray:
     # numba sets the number of threads that PyTorch has, too: set back afterwards.
     with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"umap|numba|pynndescent|sklearn")
-        from umap import UMAP
+        return _umap()(min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
 
-        return UMAP(min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)
+
+def _umap() -> Any:
+    try:
+        from umap import UMAP
+    except RuntimeError:  # numba can write neither beside UMAP nor in the home folder
+        import numba
+
+        numba.config.CACHE_DIR = tempfile.mkdtemp()
+        from umap import UMAP
+    return UMAP
 
 
 def _models(results: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:

@@ -370,6 +370,22 @@ assert (which[d.argmin(1)] == which).all()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_umap_runs_where_numba_can_keep_nothing():
+    # Of the places where numba keeps what it compiled only one that is named stays.
+    code = """
+from numba.core import caching
+impl = caching.CacheImpl
+impl._locator_classes = [c for c in impl._locator_classes if "UserProvided" in c.__name__]
+assert impl._locator_classes
+from gdviz.show.plots import _umap
+assert _umap().__name__ == "UMAP"
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # results
 
 
