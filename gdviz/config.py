@@ -143,7 +143,7 @@ class Edges:
 class Distillation:
     """Training of the student through the graphs."""
 
-    student: str = "tiny8n"  # as teachers.backbone; or light-xs, -s, -m, -l, shift-small, causal-s
+    student: str = "tiny8n"  # as teachers.backbone; or light-2xs, -xs, -s, -m, -l and more
     schedule: Schedule = Schedule(epochs=24, batch=32, lr=1e-2, min_steps=20)
     # labelled clips a step, beside schedule.batch clips of the whole training part
     labelled_batch: Count = 8

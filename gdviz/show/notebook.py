@@ -17,13 +17,16 @@ from jaxtyping import UInt8
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from gdviz.config import METHODS, PROFILES, Profile
+from gdviz.config import PROFILES, Profile
 from gdviz.core.files import UserError, load_json, load_jsonl, load_tensors
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet, load_motion
 from gdviz.experiment.folder import Run, open_run
 from gdviz.show import plots
 from gdviz.show.bundled import Bundled, open_bundled
+
+
+SHOWN = ("labels", "kd-uniform", "logits-graph", "both-graphs", "both-shuffled")
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,22 @@ def reveal(text: str) -> None:
 def find_run(root: Path) -> Run:
     """Return the newest finished run under ``runs/`` that has what notebooks show.
 
-    That is all default methods and two teachers or more; else the bundled run.
+    That is the students ``SHOWN``, two teachers or more, and one label a video, since formulas and
+    checks are written for it; else the bundled run. What is newer is named, and why it is not it.
     """
-    for file in sorted(root.glob("runs/*/summary.json"), key=lambda file: -file.stat().st_mtime):
+    runs = [*root.glob("runs/*/summary.json"), *root.glob("runs/*/*/*/summary.json")]  # of plans
+    for file in sorted(runs, key=lambda file: -file.stat().st_mtime):
         with suppress(UserError):  # made by another version of gdviz
-            run = open_run(file.parent)
-            if set(METHODS) <= set(run.profile.methods) and len(run.profile.teachers.tasks) > 1:
+            run, lacks = open_run(file.parent), ""
+            if missing := [name for name in SHOWN if name not in run.profile.methods]:
+                lacks = f"it has no student of {', '.join(missing)}"
+            elif len(run.profile.teachers.tasks) < 2:
+                lacks = "it has one teacher"
+            elif "mAP" in run.results():
+                lacks = "its videos have several labels; `gdviz evaluate` and its figures show it"
+            if not lacks:
                 return run
+            print(f"{file.parent.relative_to(root)} is passed over: {lacks}")
     return open_bundled(root / "data/example")
 
 

@@ -15,7 +15,13 @@ from gdviz.core.files import UserError
 from gdviz.teachers.backbones import Backbone, Classifier, Clips, build_backbone, look
 
 # channels after the stem, and how many residual blocks each of three stages has
-SIZES = {"xs": (16, 1, 1, 1), "s": (24, 1, 1, 1), "m": (32, 1, 1, 2), "l": (64, 1, 2, 3)}
+SIZES = {
+    "2xs": (12, 0, 0, 0),
+    "xs": (16, 1, 1, 1),
+    "s": (24, 1, 1, 1),
+    "m": (32, 1, 1, 2),
+    "l": (64, 1, 2, 3),
+}
 STUDENTS = (*(f"light-{size}" for size in SIZES), "shift-small", "causal-s")
 
 State = tuple[Tensor, ...]  # of a stream: two past frames a block, sum of features, frames seen
@@ -148,6 +154,7 @@ def build_student(name: str, classes: int) -> Classifier:
     =========== ========== ====== =========================================================
     name        parameters GFLOPs (2 a multiply-add; of 101 classes and clips of 16x112x112)
     =========== ========== ====== =========================================================
+    light-2xs   0.03 M     0.07   for the embedded data
     light-xs    0.11 M     0.21   suffix n, as light-xsn: standardises every clip;
     light-s     0.25 M     0.42   suffix m: sees it minus its mean frame;
     light-m     0.63 M     0.79   clips of 24x24 pixels keep maps of 3x3
@@ -163,7 +170,7 @@ def build_student(name: str, classes: int) -> Classifier:
     """
     if name == "causal-s":
         backbone = _light("s", causal=True)
-    elif light := re.fullmatch(r"light-(xs|s|m|l)([nm]?)", name):
+    elif light := re.fullmatch(rf"light-({'|'.join(SIZES)})([nm]?)", name):
         backbone = _light(light[1], light[2])
     elif name == "shift-small":
         backbone = Backbone(_Shifted(), 576)

@@ -242,7 +242,7 @@ def test_setup_outside_the_project_says_so(tmp_path, monkeypatch):
         setup()
 
 
-def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path):
+def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path, capsys):
     shutil.copytree(ROOT / "data/example", tmp_path / "data/example")
     assert isinstance(find_run(tmp_path), Bundled)
     config = load_json(ROOT / "data/example/config.json")
@@ -251,7 +251,7 @@ def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path):
     teachers = profile["teachers"] | {"tasks": ["order"], "strides": [2]}
     alone = config | {"profile": profile | {"teachers": teachers}}
     runs = {"old": config, "new": config, "unfinished": config, "fewer": fewer, "alone": alone}
-    runs["other"] = config | {"version": -1}
+    runs |= {"several": config, "other": config | {"version": -1}}
     for age, (name, of) in enumerate(runs.items()):
         folder = tmp_path / "runs" / name
         save_json(folder / "config.json", of)
@@ -259,7 +259,26 @@ def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path):
         if name != "unfinished":
             save_json(folder / "summary.json", {})
             os.utime(folder / "summary.json", (1e9 + age, 1e9 + age))
+    student = tmp_path / "runs/several/seed0/students/labels"
+    save_json(student / "result.json", {"accuracy": 0.5, "mAP": 0.5})
     assert find_run(tmp_path).folder.name == "new"
+    said = capsys.readouterr().out
+    for words in ("runs/fewer is passed over: it has no student of kd", "one teacher", "several l"):
+        assert words in said
+    shutil.copytree(tmp_path / "runs/new", tmp_path / "runs/demo/main/101")  # of a plan
+    assert find_run(tmp_path).folder == tmp_path / "runs/demo/main/101"
+
+
+@pytest.mark.parametrize("threads", ["", "4,2", "many", " 2 "])
+def test_any_number_of_threads_is_taken(threads, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    before, settings = torch.get_num_threads(), dict(mpl.rcParams)
+    setup()
+    known = {"4,2": 4, " 2 ": 2}
+    assert torch.get_num_threads() == known.get(threads, min(4, os.cpu_count() or 1))
+    torch.set_num_threads(before)
+    mpl.rcParams.update(settings)
 
 
 def test_a_session_opens_the_run_it_looks_at(monkeypatch):
