@@ -25,7 +25,6 @@ from gdviz.experiment.folder import Run, open_run
 from gdviz.show import plots
 from gdviz.show.bundled import Bundled, open_bundled
 
-
 SHOWN = ("labels", "kd-uniform", "logits-graph", "both-graphs", "both-shuffled")
 
 

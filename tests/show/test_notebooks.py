@@ -266,6 +266,7 @@ def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path, capsys):
     for words in ("runs/fewer is passed over: it has no student of kd", "one teacher", "several l"):
         assert words in said
     shutil.copytree(tmp_path / "runs/new", tmp_path / "runs/demo/main/101")  # of a plan
+    (tmp_path / "runs/demo/main/101/summary.json").touch()
     assert find_run(tmp_path).folder == tmp_path / "runs/demo/main/101"
 
 
