@@ -20,6 +20,7 @@ from gdviz.config import Distillation, Edges, MotionData, Profile, Schedule, Tea
 from gdviz.data.motion import encode, render
 from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run
+from gdviz.experiment.model_folder import export
 from gdviz.experiment.steps import execute
 
 REPO = Path(__file__).resolve().parents[1]
@@ -98,6 +99,15 @@ def finished(tmp_path_factory) -> Run:
     run = Run(TINY, root / "run", cache=root / "data")
     execute(run, workers=1)
     return run
+
+
+@pytest.fixture(scope="session")
+def exported(finished, tmp_path_factory) -> Path:
+    """The folder of that run's student, exported."""
+    pytest.importorskip("onnxscript")
+    out = tmp_path_factory.mktemp("export") / "student"
+    export(finished, out)
+    return out
 
 
 def _shared_video(name: str) -> Path:

@@ -1,5 +1,6 @@
 """Whatever a user gives a command ends in its work, in usage, or in one line: never a traceback."""
 
+import io
 import shutil
 import sys
 from dataclasses import fields, is_dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +19,8 @@ from gdviz.core.files import UserError
 from gdviz.data import videos as sets
 from gdviz.data._encode import encode
 from gdviz.data.motion import render
+from gdviz.experiment import bench, grid
 from gdviz.experiment import folder as folders
-from gdviz.experiment import grid
 from gdviz.experiment.checks import check_profile
 
 
@@ -89,6 +91,8 @@ CHECKS = st.lists(
     ),
     max_size=5,
 )
+WINDOWS = one_of("--window --every 2 0 nan -1 inf 0.1 --int8 --threads -3 x --raw 16x16@12 0x0 a")
+BENCHES = one_of("--view 8x24x24 0x0x0 8x24 x --threads 0 2 -1 --exports here/model here --video")
 OUTS = st.sampled_from([["--out", "here/e"], ["--out", "here/list.csv", "--dry"], ["--dry"], []])
 
 
@@ -105,6 +109,12 @@ COMMANDS = st.one_of(
     command("experiment", SOURCES, OUTS),
     command("experiment", st.just("here/plan.toml"), OUTS),
     command("report", SOURCES),
+    command("export", SOURCES, OUTS),
+    command("export here/run --method", NAMES, st.just(["--out", "here/e"])),
+    command("bench here/run --yardsticks", NAMES, st.lists(BENCHES | SOURCES, max_size=4)),
+    command("bench here/run --students", NAMES, st.just(["--yardsticks", "shift-small"])),
+    command("predict here/model", SOURCES, st.lists(SOURCES | WINDOWS | st.just("-"), max_size=4)),
+    command("predict", SOURCES, st.lists(SOURCES, max_size=2)),
     command("", text(5), st.lists(text(5), max_size=3)),
 )
 
@@ -133,7 +143,7 @@ def call(words: list[str]) -> int:
     return 0
 
 
-def lay_out(root, contents, places, listed, plan, finished, whole) -> None:
+def lay_out(root, contents, places, listed, plan, whole) -> None:
     places = [*places, *(([*part.split("/")], f"{i}.mp4", i % 2) for part, i in whole)]
     for number, (folders_of, name, content) in enumerate(places):
         path = root.joinpath("videos", *folders_of, name)
@@ -145,11 +155,10 @@ def lay_out(root, contents, places, listed, plan, finished, whole) -> None:
     (root / "videos").mkdir(parents=True, exist_ok=True)
     (root / "list.csv").write_bytes(listed)
     (root / "plan.toml").write_text(plan)
-    (root / "run").symlink_to(finished.folder)
 
 
 @pytest.fixture
-def fuzzed(monkeypatch, tmp_path, contents, finished, unchecked):
+def fuzzed(monkeypatch, tmp_path, contents, finished, exported, unchecked):
     """``check(words, ...)``: one case in a folder of its own; trainings are left out."""
 
     def until_training(run, **_):
@@ -170,6 +179,8 @@ def fuzzed(monkeypatch, tmp_path, contents, finished, unchecked):
     monkeypatch.setattr(grid, "execute", nothing)
     monkeypatch.setattr(commands, "draw_figures", nothing)
     monkeypatch.setattr(commands, "evaluation", nothing)
+    monkeypatch.setattr(commands, "bench", nothing)
+    monkeypatch.setitem(bench.YARDSTICKS, "r3d_18", lambda classes: torch.nn.Identity())
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
@@ -178,7 +189,10 @@ def fuzzed(monkeypatch, tmp_path, contents, finished, unchecked):
         root = tmp_path / "here"
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
-        lay_out(root, contents, places, listed, plan, finished, whole)
+        lay_out(root, contents, places, listed, plan, whole)
+        (root / "run").symlink_to(finished.folder)
+        (root / "model").symlink_to(exported)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(contents[3])))
         assert call(words) in (0, 1, 2)
 
     return check

@@ -305,21 +305,23 @@ def _heat(
     """Draw a matrix ``about`` rows, columns and values, as many names and numbers as have room.
 
     If a name is too long all are numbered and it is shortened; up to ``NAMED`` classes' whole names
-    are listed below.
+    are listed below, where they leave the matrix two thirds of the height.
     """
     ax = _axes(ax, 5.2, 4.2)
     width, height = _points(ax)
-    labels, most = as_text(labels), max(WHOLE, min(24, int(0.05 * width)))
+    most = max(WHOLE, min(24, int(0.05 * width)))
     whole = [f"{k} {name}" for k, name in enumerate(labels, 1) if len(name) > most]
     if whole:
         labels = [f"{k} {short(name, most)}" for k, name in enumerate(labels, 1)]
     listed = [textwrap.fill(name, int(width / 4)) for name in whole if len(labels) <= NAMED]
     below = 8 * sum(name.count("\n") + 1 for name in listed)
+    listed, below = (listed, below) if below < height / 3 else ([], 0)
     length = 3.8 * max(map(len, labels))
     room = min(width - length - 80, height - length - 30 - below)  # of the matrix
     step, few = math.ceil(7.5 * len(labels) / max(room, 15)), len(labels) <= NAMED
     numbered, size = few and room / len(labels) > 12, 8 if few and not whole else SMALL
-    frame = pd.DataFrame(_array(matrix), list(labels), list(labels))
+    labels = as_text(labels)
+    frame = pd.DataFrame(_array(matrix), labels, labels)
     numbers = frame.map(lambda v: f"{v:.{digits}f}".lstrip("0") if round(v, digits) > 0 else "")
     look = {"annot": numbers if numbered else None, "fmt": "", "annot_kws": {"fontsize": SMALL}}
     look |= {"cbar_kws": {"shrink": 0.8, "label": about[2]}, "rasterized": True, "ax": ax}
@@ -332,7 +334,7 @@ def _heat(
     plt.setp(ax.get_yticklabels(), fontsize=size, rotation=0)
     ax.set_ylabel(about[0])
     if listed:
-        ax.set_xlabel("\n".join([about[1], *listed]), fontsize=SMALL, loc="right")
+        ax.set_xlabel("\n".join([about[1], *as_text(listed)]), fontsize=SMALL, loc="right")
     else:
         ax.set_xlabel(about[1])
     return ax
@@ -402,12 +404,13 @@ def plot_history(history: Sequence[Mapping[str, float]], keys: Names, ax: Place 
 def plot_embedding(points: Any, labels: Any, names: Names, ax: Place = None) -> Axes:
     """Scatter ``points [N, 2]`` by class; clips without a label (-1) are faint dots.
 
-    Up to twice ``NAMED`` classes are in a legend; of more, names stand at their classes' medians,
-    the most frequent first, where there is room.
+    Up to twice ``NAMED`` classes are in a legend (half as many below a narrow plot); of more, names
+    stand at their classes' medians, the most frequent first, where there is room.
     """
     ax, points, labels = _axes(ax, 5.2, 3.8), _array(points), _array(labels)
-    names = as_text(names)
-    few = len(names) <= 2 * NAMED
+    names = as_text([short(name) for name in names])
+    narrow = _points(ax)[0] < 250 and max(map(len, names)) > WHOLE
+    few = len(names) <= (1 if narrow else 2) * NAMED
     if (labels < 0).any():
         ax.scatter(*points[labels < 0].T, s=7, c="#bbbbbb", lw=0, label="unlabelled")
     for k, name in enumerate(names):
@@ -415,7 +418,11 @@ def plot_embedding(points: Any, labels: Any, names: Names, ax: Place = None) -> 
         ax.scatter(*points[labels == k].T, label=name, **look)
     ax.set(xticks=[], yticks=[], xlabel="first coordinate", ylabel="second coordinate")
     if few:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 13)
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + len(names) // 13}
+        if narrow:  # no room beside it
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
+            place |= {"fontsize": SMALL}
+        ax.legend(**place)
         return ax
     ax.margins(0.15)
     figure_of(ax).draw_without_rendering()  # lays out: how large is the plot?

@@ -542,6 +542,20 @@ def test_a_class_named_like_mathematics_is_drawn_letter_by_letter(tmp_path):
         assert "pay_$^$" in (tmp_path / f"{k}.svg").read_text(), k
 
 
+@pytest.mark.parametrize(("width", "classes"), [(3.25, 10), (6.75, 10), (3.25, 24), (3.25, 60)])
+def test_long_names_leave_an_embedding_most_of_its_figure(width, classes):
+    names = [f"Something falling like a feather or paper, {c}" for c in range(classes)]
+    points, labels = torch.randn(120, 2), torch.arange(120) % classes
+    with plots.style():
+        fig, ax = plt.subplots(figsize=(width, 0.7 * width))
+        plots.plot_embedding(points, labels, names, ax)
+        fig.draw_without_rendering()
+        box, whole = ax.get_window_extent(), fig.bbox
+        drawn = ax.get_tightbbox()
+    assert box.width > 0.6 * whole.width and box.height > 0.35 * whole.height
+    assert drawn.x0 >= -1 and drawn.x1 <= whole.x1 + 1 and drawn.y0 >= -1
+
+
 def test_logarithmic_axes_have_numbers_not_markup(tmp_path):
     with plots.style():
         fig, ax = plt.subplots()

@@ -15,18 +15,10 @@ from torch.nn.functional import interpolate
 
 from gdviz.data.motion import encode, render
 from gdviz.data.reading import EXTENSIONS, read_square
-from gdviz.experiment.model_folder import export
 from gdviz.student import predict
 from gdviz.student.predict import HELD, CannotLabel, Stretch, main, square
 
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    out = tmp_path_factory.mktemp("export") / "student"
-    export(finished, out)
-    return out
 
 
 @pytest.fixture
