@@ -139,7 +139,7 @@ def build_backbone(name: str) -> Backbone:
         UserError: unknown name, or weights that are neither at hand nor to be had.
     """
     base, _, weights = name.partition("@")
-    if tiny := re.fullmatch(r"tiny(\d+)([nm]?)", name):
+    if tiny := re.fullmatch(r"tiny([1-9]\d{0,2})([nm]?)", name):
         backbone = _tiny(int(tiny[1]), tiny[2])
     elif base in ZOO and weights in ("", "kinetics"):
         backbone = _from_zoo(base, bool(weights))
