@@ -26,6 +26,7 @@ from gdviz.data.clips import to_float
 from gdviz.data.videos import VideoSet
 
 AT_ONCE = 16  # videos that are held as floats
+FRAMES = 2**15  # single frames that a baseline learns from, at most; but one of each video
 
 
 def accuracy(logits: Float[Tensor, "n c"], labels: Int[Tensor, "n ..."]) -> float:
@@ -182,7 +183,7 @@ def shortcut_baselines(videos: VideoSet) -> dict[str, float]:
 
     - ``metadata``: 5 nearest neighbours on frame count, width, height, frame rate and file size.
     - ``single-frame``: logistic regression on one frame of 12 x 12 pixels, the middle one; trained
-      on every fourth.
+      on every fourth, or fewer of a large set (``FRAMES``).
     - ``mean-frame``: the same on the mean of the frames.
     - ``chance``: the largest class's share of the test part.
 
@@ -214,11 +215,11 @@ def shortcut_baselines(videos: VideoSet) -> dict[str, float]:
 
 
 def _small(videos: VideoSet, rows: Tensor) -> tuple[Tensor, ...]:
-    """Frames of 12 x 12 pixels: every fourth one, the middle one, and the mean of all."""
-    found = []
+    """Frames of 12 x 12 pixels: every fourth one or fewer, the middle one, and the mean of all."""
+    found, step = [], max(4, -(-len(rows) * videos.pixels.shape[1] // videos.windows // FRAMES))
     for part in rows.split(AT_ONCE):
         frames = to_float(videos.batch(part))  # (b, f, 3, h, w)
         pooled = nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 12)
         small = pooled.unflatten(0, frames.shape[:2]).flatten(2)
-        found.append((small[:, ::4], small[:, small.shape[1] // 2], small.mean(1)))
+        found.append((small[:, ::step], small[:, small.shape[1] // 2], small.mean(1)))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

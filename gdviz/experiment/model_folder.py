@@ -113,7 +113,8 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        training = videos.rows("train")[:256]
+        training = videos.training_rows
+        training = training[:: 1 + len(training) // 512]
         calibration = [_clips(videos, rows, run) for rows in training.split(16)]
         export_onnx(classifier, calibration[0], part / "model.onnx")
         quantise(part / "model.onnx", part / "model-int8.onnx", calibration)

@@ -13,7 +13,7 @@ from gdviz.data.clips import clip_places, to_float
 from gdviz.experiment import model_folder as module
 from gdviz.experiment.model_folder import export
 from gdviz.student import predict
-from gdviz.student.export import export_onnx, quantise
+from gdviz.student.export import _mean_logits, export_onnx, quantise
 from gdviz.student.family import build_student
 from gdviz.teachers.bank import calibration_temperature
 
@@ -124,6 +124,8 @@ def test_two_dimensional_convolutions_are_quantised_and_others_left(tmp_path):
     assert sorted(kinds) == ["", "DequantizeLinear"]
     (linear,) = [n for n in graph.node if n.op_type in ("Gemm", "MatMul")]
     assert made_by.get(linear.input[1]) != "DequantizeLinear"
+    full, small = (_mean_logits(tmp_path / name, [clips]) for name in ("a.onnx", "b.onnx"))
+    np.testing.assert_allclose(small, full, atol=1e-6)
 
 
 def test_several_labels_are_answered_one_by_one(made, finished):
