@@ -221,5 +221,6 @@ def _small(videos: VideoSet, rows: Tensor) -> tuple[Tensor, ...]:
         frames = to_float(videos.batch(part))  # (b, f, 3, h, w)
         pooled = nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1), 12)
         small = pooled.unflatten(0, frames.shape[:2]).flatten(2)
-        found.append((small[:, ::step], small[:, small.shape[1] // 2], small.mean(1)))
+        kept = small[:, ::step].clone(), small[:, small.shape[1] // 2].clone()  # not views of all
+        found.append((*kept, small.mean(1)))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
