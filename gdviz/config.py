@@ -42,6 +42,7 @@ Positive = Annotated[float, Range(0, above=True)]
 
 GRAPHS = ("logits-graph", "representation-graph", "both-graphs", "both-shuffled")
 METHODS = ("labels", "kd-best", "kd-uniform", *GRAPHS)
+SHOWN = ("labels", "kd-uniform", "logits-graph", "both-graphs", "both-shuffled")  # by notebooks
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from jaxtyping import UInt8
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from gdviz.config import PROFILES, Profile
+from gdviz.config import PROFILES, SHOWN, Profile
 from gdviz.core.files import UserError, load_json, load_jsonl, load_tensors
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet, load_motion
 from gdviz.experiment.folder import Run, open_run
 from gdviz.show import plots
 from gdviz.show.bundled import Bundled, open_bundled
-
-SHOWN = ("labels", "kd-uniform", "logits-graph", "both-graphs", "both-shuffled")
 
 
 @dataclass(frozen=True)

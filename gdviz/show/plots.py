@@ -41,6 +41,7 @@ PALETTE = ("#4a8cfa", "#d68300", "#d0202f", "#80307a", "#88888d", "#5210b0")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
 LINES = ("-", "--", "-.", ":")
 INK, FAINT = "#222222", "#6e6e6e"
+COLOURS = (*PALETTE, INK)  # of models: teachers have those of the palette, as in the graphs
 # cividis from a visible yellow to dark blue: on white the heavier edge must be the darker one
 _WEIGHTS = mpl.colormaps["cividis_r"](np.linspace(0.12, 1, 128))
 WEIGHTS = LinearSegmentedColormap.from_list("weights", _WEIGHTS)
@@ -480,12 +481,12 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
     """Draw each model's mean accuracy, standard deviation and, as ticks, its seeds.
 
     Rows as of ``Run.results``: ``kind``, ``name``, ``label``, ``accuracy`` in [0, 1], ``colour``
-    (of the palette), ``marker``, ``headline`` (in bold), ``shuffled`` (the control, in italics).
+    (of ``COLOURS``), ``marker``, ``headline`` (in bold), ``shuffled`` (the control, in italics).
     """
     models = _models(results)
     ax = _axes(ax, 5.6, 0.8 + 0.24 * len(models))
     for y, (name, model, rows) in enumerate(models):
-        values, look = 100 * rows["accuracy"], {"color": PALETTE[model["colour"]], "ms": 6}
+        values, look = 100 * rows["accuracy"], {"color": COLOURS[model["colour"]], "ms": 6}
         bar = {"fmt": model["marker"], "mec": INK, "mew": 0.6, "capsize": 3, "zorder": 3}
         ax.errorbar(values.mean(), y, xerr=values.std() if len(values) > 1 else 0, **look, **bar)
         ax.plot(values, [y + 0.26] * len(values), "|", zorder=2, **look)
@@ -512,7 +513,7 @@ def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None
     """
     ax, (names, firsts, each) = _axes(ax), zip(*_models(results), strict=True)
     points = np.array([(rows[x].mean(), 100 * rows["accuracy"].mean()) for rows in each])
-    colours = [PALETTE[model["colour"]] for model in firsts]
+    colours = [COLOURS[model["colour"]] for model in firsts]
     for point, model, colour, name in zip(points, firsts, colours, names, strict=True):
         look = {"marker": model["marker"], "c": colour, "label": name}
         ax.scatter(*point, s=40, zorder=3, ec=INK, lw=0.6, **look)

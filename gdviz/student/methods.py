@@ -72,7 +72,7 @@ class Method(nn.Module):
     """
 
     label: ClassVar[str] = ""  # in tables and figures
-    colour: ClassVar[int] = 4  # of the palette; 4 is grey
+    colour: ClassVar[int] = 4  # of plots.COLOURS; 4 is grey, 6 is the ink of a graph's student
     marker: ClassVar[str] = "o"
     unlabelled: ClassVar[bool] = True  # False: every clip of a step is a labelled one
     headline: ClassVar[bool] = False  # True: tables compare all others with it
@@ -157,7 +157,7 @@ class ThroughRepresentationGraph(Method):
 class ThroughBothGraphs(ThroughRepresentationGraph):
     """Both graphs' losses."""
 
-    label, colour, marker, headline = "both graphs", 0, "D", True
+    label, colour, marker, headline = "both graphs", 6, "s", True
     terms = ("logits", "repr")
 
     def __init__(self, setting: Setting) -> None:
@@ -172,20 +172,22 @@ class ThroughBothGraphs(ThroughRepresentationGraph):
 class Shuffled(ThroughBothGraphs):
     """The control: both graphs, with what the teachers say dealt to wrong clips."""
 
-    label, colour, marker, headline = "shuffled teachers (control)", 2, "X", False
+    label, colour, marker, headline = "shuffled teachers (control)", 4, "X", False
     edges, shuffled = "shuffled", True
 
 
 class UniformEdges(ThroughBothGraphs):
     """Both graphs under equal edges."""
 
-    label, colour, headline, edges = "both graphs, equal edges", 4, False, "uniform"
+    label, headline, edges = "both graphs, equal edges", False, "uniform"
+    colour, marker = 4, "o"
 
 
 class TrueEdges(ThroughBothGraphs):
     """Both graphs under edges to the teacher at home: an upper bound, by audit."""
 
-    label, colour, headline, edges = "both graphs, edges from the truth", 4, False, "truth"
+    label, headline, edges = "both graphs, edges from the truth", False, "truth"
+    colour, marker = 4, "o"
 
 
 class KDByLearnedEdges(Method):
