@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,7 +125,7 @@ def _name(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 
         ax.annotate(names[k], tuple(points[k]), place, **look, **_OFFSET)
 
 
-def as_text(names: Names) -> list[str]:
+def as_text(names: Sequence[Any]) -> list[str]:
     """Return names of classes as matplotlib draws them letter by letter: one may be pay_$^$."""
     return [str(name).replace("$", r"\$") for name in names]
 
@@ -454,9 +455,8 @@ def _umap() -> Any:
     try:
         from umap import UMAP
     except RuntimeError:  # numba can write neither beside UMAP nor in the home folder
-        import numba
-
-        numba.config.CACHE_DIR = tempfile.mkdtemp()
+        config: Any = import_module("numba.core.config")
+        config.CACHE_DIR = tempfile.mkdtemp()
         from umap import UMAP
     return UMAP
 

@@ -307,6 +307,6 @@ class MotionPlayer(Explorer):
 
     def draw(self, axes: Panels, clip: int, frame: int) -> Numbers:
         axes[0].imshow(self.videos[clip, frame], interpolation="nearest")
-        axes[0].set_title(*plots.as_text([self.titles[clip]]))
+        axes[0].set_title(plots.as_text(self.titles)[clip])
         axes[0].axis("off")
         return {"clip": self.titles[clip], "frame": f"{frame + 1} of {self.videos.shape[1]}"}
