@@ -144,8 +144,8 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
     """Do what is left of a plan; write and return its results.
 
     ``results.csv`` (and ``results.parquet``, where pyarrow is installed) has one row a teacher and
-    a student, with the setting and the draw; ``edges.csv`` one row a setting, draw and kind of
-    edges: how often their mixture is right on unlabelled clips, and the weight at home.
+    a student, with the setting, the draw and its network; ``edges.csv`` one row a setting, draw and
+    kind of edges: how often their mixture is right on unlabelled clips, and the weight at home.
     """
     save_json(out / "plan.json", {"contrasts": plan.contrasts, "measures": plan.measures})
     settings = plan.runs(out, cache, device)
@@ -153,7 +153,7 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
         jobs = list(zip(runs, earlier, strict=True))
         over_processes(_one, jobs, workers, title=name, unit="draw")
     tables = [
-        run.results().assign(setting=name, draw=draw)
+        _results(run).assign(setting=name, draw=draw)
         for name, runs in zip(plan.settings, settings, strict=True)
         for draw, run in zip(plan.draws, runs, strict=True)
     ]
@@ -171,6 +171,13 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
     columns = ["setting", "draw", "edges", "target", "at_home"]
     save_results(out / "edges.csv", pd.DataFrame(edges).reindex(columns=columns))
     return results
+
+
+def _results(run: Run) -> pd.DataFrame:
+    """Return a run's results with the name of each model's network."""
+    networks = {"teacher": run.profile.teachers.backbone}
+    networks["student"] = run.profile.distillation.student
+    return run.results().assign(network=lambda table: table["kind"].map(networks))
 
 
 def _before(settings: list[list[Run]]) -> list[list[list[Run]]]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from gdviz.core.files import UserError, atomic, load_json
 from gdviz.experiment.statistics import compare, summarise
+from gdviz.student.methods import find_method
 
 
 def wide(results: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -36,6 +37,37 @@ def open_results(folder: Path) -> tuple[pd.DataFrame, list[tuple[str, str]], lis
     plan = load_json(folder / "plan.json")
     contrasts = [(better, than) for better, than in plan["contrasts"]]
     return pd.read_csv(folder / "results.csv"), contrasts, plan["measures"]
+
+
+def tradeoff(folder: Path) -> pd.DataFrame:
+    """Return a row a model of an experiment: how often it is right, and what its network costs.
+
+    Columns: ``network``, ``kind``, ``name``; ``mean`` accuracy over draws, ``low`` and ``high`` of
+    its interval, percent; ``ms`` of a clip on one thread (exported, where that is faster),
+    ``params``, ``gflops`` and ``peak_mb``, from ``bench.json`` as ``gdviz bench --out`` writes it;
+    ``front``: none that is as fast is more accurate; and of a student, of its method, ``label``,
+    ``colour``, ``marker``, ``headline`` and ``unlabelled``.
+
+    Raises:
+        UserError: no experiment or no ``bench.json`` is there, or it lacks a network.
+    """
+    results, rows = open_results(folder)[0], load_json(folder / "bench.json")["rows"]
+    bench: Any = pd.DataFrame(rows).query("device == 'cpu' and threads == 1")
+    costs = bench.groupby("name")[["params", "gflops", "peak_mb"]].max()
+    costs["ms"] = bench[bench["engine"].isin(["eager", "onnx"])].groupby("name")["ms"].min()
+    if lacking := sorted(set(results["network"]) - set(costs.index)):
+        raise UserError(f"{folder / 'bench.json'}: holds nothing of {', '.join(lacking)}")
+    keys = ["network", "kind", "name"]
+    found: Any = summarise(results.pivot_table("accuracy", "draw", keys, sort=False))
+    found = found.rename_axis(keys).reset_index().join(costs, "network")
+    beaten = [
+        ((found["ms"] <= row.ms) & (found["mean"] > row.mean)).any() for row in found.itertuples()
+    ]
+    teachers = found.query("kind == 'teacher'")["name"].tolist()
+    methods = {name: find_method(name, teachers) for name in {*found["name"]} - {*teachers}}
+    for field in ("label", "colour", "marker", "headline", "unlabelled"):
+        found[field] = [getattr(methods.get(name), field, None) for name in found["name"]]
+    return found.assign(front=[not x for x in beaten])
 
 
 def markdown(table: pd.DataFrame, head: str) -> str:

@@ -504,6 +504,18 @@ def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | No
     return ax
 
 
+COSTS = {"params": "parameters", "gflops": "GFLOPs a clip", "peak_mb": "MB of tensors"}
+COSTS |= dict.fromkeys(("ms", "latency_ms"), "latency, ms a clip")
+
+
+def _against_cost(ax: Axes, x: str) -> None:
+    """Name the axes of accuracies against a cost, and scale that by its logarithm."""
+    ax.set(xscale="log", xlabel=COSTS[x], ylabel="top-1 accuracy, %")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep="") if x == "params" else "{x:g}")
+    ax.xaxis.set_minor_formatter("")
+
+
 @style()
 def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None) -> Axes:
     """Draw each model's mean accuracy against its cost, the column ``x``, on a log scale.
@@ -517,11 +529,7 @@ def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None
     for point, model, colour, name in zip(points, firsts, colours, names, strict=True):
         look = {"marker": model["marker"], "c": colour, "label": name}
         ax.scatter(*point, s=40, zorder=3, ec=INK, lw=0.6, **look)
-    costs = {"latency_ms": "latency, ms a clip", "params": "parameters", "gflops": "GFLOPs a clip"}
-    ax.set(xscale="log", xlabel=costs[x], ylabel="top-1 accuracy, %")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep="") if x == "params" else "{x:g}")
-    ax.xaxis.set_minor_formatter("")
+    _against_cost(ax, x)
     if _points(ax)[0] < 260:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7)
         return ax
@@ -529,6 +537,51 @@ def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None
     cheap = points[:, 0] <= np.sqrt(points[:, 0].min() * points[:, 0].max())
     for side, half in ((-1, np.flatnonzero(cheap)), (1, np.flatnonzero(~cheap))):
         _name(ax, [names[k] for k in half], points[half], [colours[k] for k in half], side)
+    return ax
+
+
+@style()
+def plot_front(table: Any, x: str = "ms", ax: Place = None) -> Axes:
+    """Draw accuracies with intervals against a cost: rows of ``gdviz.experiment.report.tradeoff``.
+
+    ``x`` is ms, params, gflops or peak_mb. An arrow leads from a network that learned from labels
+    alone to the same one distilled by the headline's method; the dashed line is the Pareto front.
+    """
+    ax, teachers = _axes(ax), 0
+    for row in table.to_dict("records"):
+        if row["kind"] == "teacher":
+            look, label, teachers = _look(teachers), f"teacher: {row['name']}", teachers + 1
+        else:
+            look, label = {"c": COLOURS[int(row["colour"])], "marker": row["marker"]}, row["label"]
+        seen = ax.get_legend_handles_labels()[1]
+        ax.plot([row[x]] * 2, [row["low"], row["high"]], lw=1.2, c=look["c"], zorder=2)
+        ax.scatter(row[x], row["mean"], s=36, ec=INK, lw=0.6, zorder=3, **look)
+        if label not in seen:
+            ax.scatter([], [], s=36, ec=INK, lw=0.6, label=label, **look)
+    students = table.query("kind == 'student'")
+    for network, rows in students.groupby("network", sort=False):
+        plain, taught = (rows[rows[k] == v] for k, v in (("unlabelled", False), ("headline", True)))
+        if len(plain) and len(taught):
+            ends = [(row[x].iloc[0], row["mean"].iloc[0]) for row in (taught, plain)]
+            arrow = {"arrowstyle": "->", "color": FAINT, "shrinkA": 5, "shrinkB": 5}
+            ax.annotate("", *ends, arrowprops=arrow)
+        lowest = rows[["low", "mean"]].min().min()  # of few draws there is no interval
+        ax.annotate(network, (rows[x].iloc[0], lowest), (0, -9), ha="center", **_OFFSET)
+    best = table.sort_values([x, "mean"], ascending=[True, False])
+    best = best[best["mean"] > best["mean"].cummax().shift(fill_value=-1)]
+    ax.step(
+        [*best[x], table[x].max()],
+        [*best["mean"], best["mean"].max()],
+        "--",
+        c=FAINT,
+        where="post",
+        lw=1,
+        zorder=1,
+        label="Pareto front",
+    )
+    _against_cost(ax, x)
+    ax.margins(0.12)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     return ax
 
 

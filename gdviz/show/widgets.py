@@ -292,6 +292,39 @@ class SketchExplorer(Explorer):
         return {"relative error": error, "numbers a clip": numbers}
 
 
+class ModelPicker(Explorer):
+    """Which model for so many milliseconds a clip: the most accurate one that keeps the budget.
+
+    ``table`` is of :func:`gdviz.experiment.report.tradeoff`.
+    """
+
+    size, panels = (8.0, 3.8), 1
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.table: Any = table
+        budgets = log_scale(0.8 * self.table["ms"].min(), 1.25 * self.table["ms"].max(), 25)
+        start = budgets[len(budgets) // 2]
+        super().__init__(budget=Control("budget, ms a clip", budgets, start, still=25))
+
+    def draw(self, axes: Panels, budget: float) -> Numbers:
+        plots.plot_front(self.table, "ms", axes[0])
+        axes[0].axvspan(budget, axes[0].get_xlim()[1], color=plots.FAINT, alpha=0.15, lw=0)
+        within = self.table[self.table["ms"] <= budget]
+        if not len(within):
+            return {"take": "none is as fast"}
+        best = within.loc[within["mean"].idxmax()]
+        ring = {"s": 200, "fc": "none", "ec": plots.INK, "lw": 1.5}
+        axes[0].scatter(best["ms"], best["mean"], **ring)
+        accuracy = f"{best['mean']:.1f} % ({best['low']:.1f} to {best['high']:.1f})"
+        name = best["label"] if best["kind"] == "student" else best["name"]
+        return {
+            "take": f"{best['network']}, {name}",
+            "right on": accuracy,
+            "ms a clip": best["ms"],
+            "parameters": f"{best['params']:,.0f}",
+        }
+
+
 class MotionPlayer(Explorer):
     """Plays videos, frame by frame or by the clock."""
 

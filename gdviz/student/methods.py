@@ -193,7 +193,7 @@ class TrueEdges(ThroughBothGraphs):
 class KDByLearnedEdges(Method):
     """Plain distillation, ``T^2 mean_n sum_k w_nk KL(p_nk || q_n)``, weighted by learned edges."""
 
-    label, terms = "learned edges (KD)", ("kd",)
+    label, marker, terms = "learned edges (KD)", "v", ("kd",)
 
     fixed: Float[Tensor, "m k"] | None = None  # other weights, known before the training
     calibrated: Float[Tensor, " k"] | None = None  # temperatures under those
