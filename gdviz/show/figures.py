@@ -57,6 +57,14 @@ class Finished:
         weights = self.graphs.edges.teachers[-1][cases]
         return graph.to_networkx(self.bank.probs(t)[cases], weights, student, plans=plans)
 
+    @torch.no_grad()
+    def distances(self) -> Tensor:
+        """Return the distance of each pair's vertex to the student's, on the test videos."""
+        test, edges = self.test, self.graphs.edges
+        features = self.outputs["features"][test], self.bank.features_at(test)
+        labels = self.bank.soft_labels(edges.consensus[-1][self.bank.cases(test)])
+        return self.graphs.representation.distances(*features, labels)
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of what the logits graph's plans move mass between."""
@@ -94,15 +102,11 @@ def _plan(look: Finished) -> Axes | None:
     return plots.plot_plan(edge["plan"], look.classes, edge["rows"], edge["columns"])
 
 
-@torch.no_grad()
 def _representation_graph(look: Finished) -> Axes | None:
     if not look.adapted:
         return None
-    graph, edges, test = look.graphs.representation, look.graphs.edges, look.test
-    features = look.outputs["features"][test], look.bank.features_at(test)
-    labels = look.bank.soft_labels(edges.consensus[-1][look.bank.cases(test)])
-    distances = graph.distances(*features, labels)
-    return plots.plot_representation_graph(graph.to_networkx(edges.pairs[-1], distances))
+    graph, pairs = look.graphs.representation, look.graphs.edges.pairs[-1]
+    return plots.plot_representation_graph(graph.to_networkx(pairs, look.distances()))
 
 
 def _edge_weights(look: Finished) -> Axes:

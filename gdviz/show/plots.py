@@ -262,17 +262,22 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
     label = {name: short(name, 14) for name in names}
     length = _length(ax, label.values(), size)
 
-    radius = min(w / 2 - length - 12, h / 2 - 18)
-    turn = np.pi / 2 - 2 * np.pi * np.arange(count) / count + (np.pi / 2 if count == 2 else 0)
+    turn = np.pi / 2 - 2 * np.pi * np.arange(count) / count + np.pi / count * (count in (2, 4))
     centre = np.array([w / 2, low + h / 2 + (0 if beside else h)])
     ways = np.stack([np.cos(turn), np.sin(turn)], 1)
+    # Names of a few stand above or below their vertices, others beside them.
+    aside = np.abs(ways[:, 1]) < 0.5 if count < 5 else np.abs(ways[:, 0]) > 0.1
+    rooms = (w / 2 - np.where(aside, length + 12, length / 2)) / np.abs(ways[:, 0]).clip(0.3)
+    radius = min(rooms.min(), h / 2 - 20)
     at = dict(zip(names, centre + radius * ways * (count > 1), strict=True))
     for (a, b), edge in pairs.items():
         if a != b:
             _edge(ax, at[a], at[b], edge["weight"] / heaviest, f"pair:{a}|{b}")
-    for name, (x, y) in zip(names, ways, strict=True):
-        ha = "center" if abs(x) < 0.1 else "left" if x > 0 else "right"
-        ax.annotate(label[name], at[name], (10 * x, 12 * y), fontsize=size, ha=ha, **_OFFSET)
+    for name, (x, y), side in zip(names, ways, aside, strict=True):
+        ha, place = "center", (0, math.copysign(13, y))
+        if side:
+            ha, place = ("left" if x > 0 else "right"), (10 * x, 12 * y)
+        ax.annotate(label[name], at[name], place, fontsize=size, ha=ha, **_OFFSET)
     _vertices(ax, at, 11.0)
 
     side = min((w - length - 10) / count, (h - length - 10) / count, 44.0)

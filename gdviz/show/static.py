@@ -15,16 +15,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import anywidget
 import numpy as np
 import traitlets
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from gdviz.show import plots
 
 MOST = 60  # pictures in a table
+DPI = 110
 SCRIPT = Path(__file__).with_name("explorer.js").read_text(encoding="utf-8")
 
 
@@ -75,13 +79,41 @@ class Page(anywidget.AnyWidget):
     shown = traitlets.Dict().tag(sync=True)  # picture, alt, readout, and the ``at`` they are for
 
 
+_PLAYING: WeakKeyDictionary[Figure, tuple[Axes, np.ndarray]] = WeakKeyDictionary()
+
+
+def play(ax: Axes, frames: UInt8[np.ndarray, "f h w 3"]) -> None:
+    """Draw a video that plays by itself, again and again, on a page; its first frame elsewhere."""
+    ax.imshow(frames[0], interpolation="nearest")
+    ax.axis("off")
+    _PLAYING[plots.figure_of(ax)] = ax, frames
+
+
+def _pictures(figure: Figure, still: Image.Image) -> list[Image.Image]:
+    """Return a picture, or one for each frame of what plays in it."""
+    if figure not in _PLAYING:
+        return [still.quantize(128)]  # colours: a third of the bytes
+    ax, frames = _PLAYING[figure]
+    box = np.asarray(ax.get_window_extent().extents) * DPI / figure.dpi
+    left, bottom, right, top = box.round().astype(int).tolist()
+    pictures = []
+    for frame in frames:
+        small = Image.fromarray(frame).resize(
+            (right - left, top - bottom), Image.Resampling.NEAREST
+        )
+        pictures.append(still.copy())
+        pictures[-1].paste(small, (left, still.height - top))
+    return pictures
+
+
 def shown(title: str, figure: Figure, numbers: Mapping[str, float | str]) -> dict[str, str]:
     """Return a picture and its read-out as a page shows them."""
     buffer, small = io.BytesIO(), io.BytesIO()
     with plots.style():
-        figure.savefig(buffer, format="png", dpi=110)
-    # 128 colours: a third of the bytes
-    Image.open(buffer).convert("RGB").quantize(128).save(small, "png", optimize=True)
+        figure.savefig(buffer, format="png", dpi=DPI)
+    first, *more = _pictures(figure, Image.open(buffer).convert("RGB"))
+    moving: dict[str, Any] = {"save_all": True, "append_images": more, "duration": 160, "loop": 0}
+    first.save(small, "png", optimize=True, **moving if more else {})
     words = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}
     each = (f"{html.escape(k)} <b>{html.escape(v)}</b>" for k, v in words.items())
     return {

@@ -10,9 +10,9 @@ import html
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,9 @@ from torch import Tensor
 from gdviz import graphs
 from gdviz.graphs import LogitsGraph, RepresentationGraph, TensorSketch, kernels
 from gdviz.show import plots
-from gdviz.show.static import Control, Page, block, log_scale, shown
+from gdviz.show.figures import Finished
+from gdviz.show.static import Control, Page, block, log_scale, play, shown
+from gdviz.student.routing import novelty
 
 Probs = Float[Tensor, "clips teachers classes"]
 Labels = Int[Tensor, " clips"]  # -1 where unknown
@@ -51,6 +53,7 @@ class Explorer:
 
     size = 9.0, 3.6  # of the picture, in inches
     panels = 2
+    rows, widths = 1, (1.0, 1.0)  # of panels; relative widths of a row's
 
     def __init__(self, **controls: Control) -> None:
         self.controls = controls
@@ -68,9 +71,11 @@ class Explorer:
     def show(self, **values: Any) -> tuple[Figure, Numbers]:
         """Return the picture for these values, unknown to pyplot, and the read-out's numbers."""
         figure = Figure(figsize=self.size)
-        return figure, self.draw(
-            figure.subplots(1, self.panels, squeeze=False)[0].tolist(), **values
+        columns = self.panels // self.rows
+        grid = figure.subplots(
+            self.rows, columns, squeeze=False, width_ratios=self.widths[:columns]
         )
+        return figure, self.draw(grid.flatten().tolist(), **values)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -290,6 +295,133 @@ class SketchExplorer(Explorer):
         outer = math.prod(v.shape[1] for v in self.vectors)
         numbers = f"{size} (outer product: {outer})"
         return {"relative error": error, "numbers a clip": numbers}
+
+
+class ClipExplorer(Explorer):
+    """A clip beside what teachers, consensus and student say of it, and both graphs as they learn.
+
+    ``look`` is a finished run of one label a video, ``clips`` some of its videos. The read-out says
+    why a teacher weighs what it does: how foreign the clip is to each where their homes are known,
+    else how far each is from the others' opinion (the smaller the better for its weight).
+    """
+
+    size, panels, rows, widths = (11.5, 6.4), 4, 2, (1.0, 1.6)
+
+    def __init__(self, look: Finished, clips: Labels) -> None:
+        self.look, self.clips, self.edges = look, clips, look.graphs.edges
+        bank, graph = look.bank, look.graphs.logits
+        self.probs = bank.probs(graph.temperature)[clips]
+        self.student = torch.softmax(look.outputs["logits"][clips] / graph.temperature, 1)
+        self.frames = look.videos.batch(clips).numpy()[:, ::2]
+        self.distances = look.distances()
+        if known := all(home is not None for home in bank.homes):
+            homes = zip(bank.features_at(clips), cast(Any, bank.homes), strict=True)
+            self.against = torch.stack([novelty(x, home) for x, home in homes], 1)
+        else:
+            unknown = torch.full_like(clips, -1)
+            self.against = graphs.evidence(self.probs, unknown, graph.cost, alpha=0.0)
+        self.reason = "foreign to" if known else "apart from the others (less weighs more)"
+        moments = range(len(self.edges.teachers))
+        super().__init__(
+            clip=Control("clip", range(len(clips)), 0, still=3),
+            moment=Control("moment of the training", moments, moments[-1], still=4),
+        )
+
+    def draw(self, axes: Panels, clip: int, moment: int) -> Numbers:
+        screen, says, left, right = axes
+        screen.set_title(f"frames that networks see, {self.frames.shape[2]} pixels wide")
+        look, row, edges = self.look, int(self.clips[clip]), self.edges
+        weights, names = edges.teachers[moment, row], look.bank.teachers
+        play(screen, self.frames[clip])
+        consensus = edges.consensus[moment, row]
+        said = torch.cat([self.probs[clip], consensus[None], self.student[clip, None]])
+        classes = said.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
+        speakers = [f"{plots.short(n)}  {w:.2f}" for n, w in zip(names, weights, strict=True)]
+        labels = plots.as_text([plots.short(look.videos.label_names[c]) for c in classes.tolist()])
+        frame = pd.DataFrame(said[:, classes], [*speakers, "consensus", "student"], labels)
+        sns.heatmap(
+            frame, vmin=0, vmax=1, cmap="cividis", ax=says, cbar_kws={"label": "probability"}
+        )
+        says.tick_params(labelsize=7)
+        one = self.probs[clip, None], weights[None], self.student[clip, None]
+        plots.plot_logits_graph(look.graphs.logits.to_networkx(*one), left, vmax=1.0)
+        space = look.graphs.representation
+        plots.plot_representation_graph(
+            space.to_networkx(edges.pairs[moment], self.distances), right
+        )
+        label, words = int(look.videos.labels[row]), look.videos.label_names
+        why = ", ".join(f"{n} {c:.2f}" for n, c in zip(names, self.against[clip], strict=True))
+        return {
+            "truth": words[label] if label >= 0 else "not labelled",
+            "consensus": f"{words[int(consensus.argmax())]} ({float(consensus.max()):.2f})",
+            "student": f"{words[int(said[-1].argmax())]} ({float(said[-1].max()):.2f})",
+            self.reason: why,
+        }
+
+
+class ClipMap(Explorer):
+    """A map of clips, as UMAP places their features: the one that is chosen plays.
+
+    ``points [N, 2]``, ``videos [N, f, h, w, 3]`` and ``labels [N]``, -1 unknown, are of one order.
+    """
+
+    size, widths = (9.0, 3.8), (2.0, 1.0)
+
+    def __init__(
+        self,
+        points: np.ndarray,
+        videos: UInt8[np.ndarray, "n f h w 3"],
+        labels: Labels,
+        names: Names,
+    ) -> None:
+        self.points, self.videos, self.labels, self.names = points, videos, labels, names
+        self.order = np.argsort(points[:, 0], kind="stable").tolist()  # from left to right
+        places = range(len(points))
+        super().__init__(place=Control("clip, from the left", places, 0, still=12))
+
+    def draw(self, axes: Panels, place: int) -> Numbers:
+        clip = self.order[place]
+        plots.plot_embedding(self.points, self.labels, self.names, axes[0])
+        axes[0].scatter(*self.points[clip], s=150, fc="none", ec=plots.INK, lw=2)
+        play(axes[1], self.videos[clip][::2])
+        label = int(self.labels[clip])
+        return {"clip": str(clip), "shows": self.names[label] if label >= 0 else "not labelled"}
+
+
+class TrainingReplay(Explorer):
+    """A training as it went: a student's losses, and the edges of both graphs, up to an epoch.
+
+    ``history`` is of the student, ``teachers [moments, K]`` and ``pairs [moments, E]`` are mean
+    weights.
+    """
+
+    size, panels, widths = (13.0, 3.4), 3, (1.0, 1.0, 1.0)
+
+    def __init__(
+        self,
+        history: Sequence[Mapping[str, float]],
+        teachers: Float[Tensor, "moments k"],
+        pairs: Float[Tensor, "moments e"],
+        names: Names,
+        pair_names: Names,
+    ) -> None:
+        self.history = history
+        self.edges = (teachers, names, "teachers"), (pairs, pair_names, "pairs")
+        epochs = range(len(history))
+        super().__init__(epoch=Control("epoch", epochs, epochs[-1], still=12, kind="player"))
+
+    def draw(self, axes: Panels, epoch: int) -> Numbers:
+        done, whole = (epoch + 1) / len(self.history), self.history[: epoch + 1]
+        keys = [key for key in self.history[0] if key not in ("epoch", "loss")]
+        plots.plot_history(self.history, keys, axes[0])
+        axes[0].axvline(epoch, color=plots.INK, lw=1)
+        axes[0].set_ylabel("losses")
+        for ax, (weights, names, what) in zip(axes[1:], self.edges, strict=True):
+            moment = min(int(epoch / len(self.history) * len(weights)), len(weights) - 1)
+            plots.plot_edges_over_training(weights, names, ax)
+            ax.axvline(moment, color=plots.INK, lw=1)
+            ax.set_title(f"{what}, moment {moment}", loc="left")
+        return {"done": f"{done:.0%}"} | {key: float(whole[-1][key]) for key in keys}
 
 
 class ModelPicker(Explorer):

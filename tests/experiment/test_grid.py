@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from gdviz.config import PROFILES
-from gdviz.core.files import UserError
+from gdviz.core.files import UserError, save_json
 from gdviz.experiment import grid
-from gdviz.experiment.report import latex, markdown, report, wide
+from gdviz.experiment.report import latex, markdown, report, tradeoff, wide
 
 PLAN = """
 profile = "specialists"
@@ -154,6 +154,41 @@ def test_the_report_names_students_and_contrasts(made):
     assert (folder / "out" / "tables.tex").read_text().count(r"\toprule") == 2
     with pytest.raises(UserError, match="no finished experiment"):
         report(folder)
+
+
+def test_a_tradeoff_joins_accuracies_and_costs(tmp_path):
+    rows = [
+        {"network": net, "kind": kind, "name": name, "draw": draw, "accuracy": mean + 0.01 * draw}
+        for net, kind, name, mean in (
+            ("big", "teacher", "order", 0.5),
+            ("small", "student", "labels", 0.3),
+            ("small", "student", "both-graphs", 0.45),
+        )
+        for draw in range(4)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    save_json(tmp_path / "plan.json", {"contrasts": [], "measures": ["accuracy"]})
+    machine = {"device": "cpu", "threads": 1}
+    bench = [
+        machine | {"name": "big", "engine": "eager", "ms": 4.0, "params": 9e3, "gflops": 2.0},
+        machine | {"name": "small", "engine": "eager", "ms": 2.0, "params": 1e3, "gflops": 1.0},
+        machine | {"name": "small", "engine": "onnx", "ms": 1.0},
+        machine | {"name": "small", "engine": "onnx-int8", "ms": 0.1},
+        machine | {"threads": 2, "name": "small", "engine": "onnx", "ms": 0.5},
+    ]
+    bench = [{"peak_mb": 3.0} | row for row in bench]
+    save_json(tmp_path / "bench.json", {"rows": bench})
+    found = tradeoff(tmp_path).set_index(["network", "name"])
+    small = found.loc["small", "both-graphs"]
+    assert (small["ms"], small["params"], small["gflops"], small["peak_mb"]) == (1, 1000, 1, 3)
+    assert small["mean"] == pytest.approx(46.5) and small["low"] < 46.5 < small["high"]
+    assert small["headline"] and small["unlabelled"] and found.loc["big", "order"]["ms"] == 4
+    assert found["front"].to_dict() == {
+        ("big", "order"): True, ("small", "labels"): False, ("small", "both-graphs"): True
+    }  # fmt: skip
+    save_json(tmp_path / "bench.json", {"rows": bench[1:]})
+    with pytest.raises(UserError, match="holds nothing of big"):
+        tradeoff(tmp_path)
 
 
 def test_tables_of_a_report():

@@ -8,6 +8,7 @@ import warnings
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from gdviz import graphs
 from gdviz.graphs import RepresentationGraph, zero_one_cost
 from gdviz.show import plots, static, widgets
+from gdviz.show.figures import open_finished
 from gdviz.student.weighting import entropic
 
 NAMES, CLASSES = ("order", "coherence", "registration"), ("left", "right", "up", "down")
@@ -44,7 +46,23 @@ def cast(classes=4):
     }
 
 
+def family():
+    """Two networks, by labels and distilled, and their teacher."""
+    rows = [("big", "teacher", "order", 50, 9), ("small", "student", "labels", 30, 1)]
+    rows += [("small", "student", "both-graphs", 45, 1), ("large", "student", "labels", 40, 4)]
+    rows += [("large", "student", "both-graphs", 44, 4)]
+    table = pd.DataFrame(rows, columns=["network", "kind", "name", "mean", "ms"])
+    looks = {"labels": ("labels only", 4, "o", False, False)}
+    looks |= {"both-graphs": ("both graphs", 6, "s", True, True)}
+    fields = ["label", "colour", "marker", "headline", "unlabelled"]
+    look = [looks.get(name, (None,) * 5) for name in table["name"]]
+    costs = {"params": 1000 * table["ms"], "gflops": table["ms"], "peak_mb": table["ms"]}
+    table = table.assign(low=table["mean"] - 2, high=table["mean"] + 2, **costs)
+    return table.join(pd.DataFrame(look, columns=fields))
+
+
 CAST = cast()
+HISTORY = [{"epoch": e, "loss": 3.0 - e, "ce": 2.0 - e, "repr": 1.0 / (e + 1)} for e in range(4)]
 VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
 MAKE = {
     "plan": lambda c: widgets.PlanExplorer(c["probs"], NAMES, CLASSES, c["cost"]),
@@ -54,6 +72,13 @@ MAKE = {
     ),
     "sketch": lambda c: widgets.SketchExplorer(c["features"]),
     "player": lambda c: widgets.MotionPlayer(VIDEOS, ["a", "b <i>"]),
+    "map": lambda c: widgets.ClipMap(
+        np.array([[0.0, 1.0], [2.0, 0.0]]), VIDEOS, torch.tensor([1, -1]), CLASSES
+    ),
+    "replay": lambda c: widgets.TrainingReplay(
+        HISTORY, c["probs"][:2].mean(2).softmax(1), torch.full((2, 3), 1 / 3), NAMES, "abc"
+    ),
+    "picker": lambda c: widgets.ModelPicker(family()),
 }
 CHANGES = {
     "plan": {"clip": 3, "first": NAMES[1], "second": NAMES[1], "eps": 0.5, "temperature": 4.0},
@@ -61,6 +86,9 @@ CHANGES = {
     "bandwidth": {"first": "registration", "second": "order", "multiple": 10.0},
     "sketch": {"size": 64},
     "player": {"clip": 1, "frame": 2},
+    "map": {"place": 1},
+    "replay": {"epoch": 1},
+    "picker": {"budget": 0.8},
 }
 EACH_CHANGE = [(name, *change) for name, of in CHANGES.items() for change in of.items()]
 
@@ -134,6 +162,53 @@ class Fragile(widgets.Explorer):
 
 def number(start=1, still=6):
     return static.Control("x", range(6), start, still=still)
+
+
+def test_a_clip_plays_in_its_picture_and_nothing_else_moves():
+    widget = MAKE["map"](CAST)
+    frames = Image.open(io.BytesIO(base64.b64decode(widget.page.shown["picture"].split(",")[1])))
+    assert frames.n_frames == len(VIDEOS[0][::2]) and frames.info["loop"] == 0
+    seen = []
+    for k in range(frames.n_frames):
+        frames.seek(k)
+        seen.append(np.asarray(frames.convert("RGB")).astype(int))
+    moved = np.abs(seen[1] - seen[0]).max(-1) > 0
+    ys, xs = np.nonzero(moved)
+    box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
+    assert moved[box].mean() > 0.9 and xs.min() > 0.5 * moved.shape[1]
+    small = np.asarray(Image.fromarray(seen[1][box].astype(np.uint8)).resize((8, 8), 0)).astype(int)
+    assert np.abs(small - VIDEOS[0][2]).max() <= 2
+
+
+def test_the_picker_takes_the_most_accurate_model_within_the_budget():
+    widget = MAKE["picker"](CAST)
+    takes = {b: widget.show(budget=b)[1]["take"] for b in (0.5, 1, 5, 9)}
+    assert takes == {0.5: "none is as fast", 1: "small, both graphs", 5: "small, both graphs"} | {
+        9: "big, order"
+    }
+    ax = plots.plot_front(family())
+    (front,) = [line for line in ax.lines if line.get_label() == "Pareto front"]
+    assert sorted(set(front.get_ydata())) == [45, 50]
+    arrows = [text for text in ax.texts if text.arrow_patch]
+    assert {(a.xyann[1], a.xy[1]) for a in arrows} == {(30, 45), (40, 44)}
+    plt.close("all")
+
+
+def test_a_clip_beside_what_is_said_of_it(finished):
+    look = open_finished(finished)
+    widget = widgets.ClipExplorer(look, look.test[:3])
+    clip, names = int(look.test[1]), look.videos.label_names
+    first, last = (widget.show(clip=1, moment=m) for m in (0, 2))
+    assert last[1]["truth"] == names[look.videos.labels[clip]]
+    consensus = look.graphs.edges.consensus[2, clip]
+    assert last[1]["consensus"].startswith(names[int(consensus.argmax())])
+    says = last[0].axes[1]
+    weights = [float(label.get_text().split()[1]) for label in says.get_yticklabels()[:2]]
+    assert weights == pytest.approx(look.graphs.edges.teachers[2, clip].tolist(), abs=0.006)
+    drawn = np.asarray(says.collections[0].get_array()).reshape(4, -1)
+    np.testing.assert_allclose(drawn[2], consensus.numpy(), atol=1e-6)
+    before = [label.get_text() for label in first[0].axes[1].get_yticklabels()]
+    assert before != [label.get_text() for label in says.get_yticklabels()]
 
 
 def test_an_error_in_a_handler_is_raised_and_shown_then_forgotten():
