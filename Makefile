@@ -24,7 +24,7 @@ table: $(VENV)/.core         ## the headline table of docs/results.md, ten draws
 	$(BIN)/gdviz experiment benchmarks/plans/specialists.toml --out runs/table
 
 test: $(VENV)/.test          ## the default test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.test     ## the slow tests: kill and resume, real clips, every notebook
 	$(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 present."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -99,6 +100,23 @@ def finished(tmp_path_factory) -> Run:
     run = Run(TINY, root / "run", cache=root / "data")
     execute(run, workers=1)
     return run
+
+
+class _Shadow:
+    """Two coordinates in the place of UMAP's."""
+
+    def __init__(self, *_, **__) -> None: ...
+
+    def fit_transform(self, x: np.ndarray) -> np.ndarray:
+        return x[:, :2]
+
+
+@pytest.fixture(autouse=True)
+def _no_umap(request, monkeypatch):
+    """Compiling UMAP takes each process eight seconds: left to the slow tests, and to its own."""
+    plots = sys.modules.get("gdviz.show.plots")
+    if plots and not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(plots, "_umap", lambda: _Shadow)
 
 
 @pytest.fixture(scope="session")

@@ -369,6 +369,7 @@ def test_a_large_index_is_looked_into_not_loaded(tmp_path):
     assert time.process_time() - start < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_file_that_hangs_its_reader_is_listed_and_the_rest_goes_on(tmp_path, monkeypatch):
     good, pipe = make(tmp_path / "good.mp4", frames=12), tmp_path / "pipe.mp4"

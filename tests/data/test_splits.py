@@ -64,7 +64,7 @@ def test_a_group_never_leaks_and_a_split_is_found_where_there_is_one(pairs, seed
     }
 
 
-@pytest.mark.parametrize(("classes", "each"), [(10, 3), (51, 5), (101, 5), (400, 10), (400, 250)])
+@pytest.mark.parametrize(("classes", "each"), [(10, 3), (51, 5), (101, 5), (400, 10), (400, 50)])
 def test_many_classes_are_split_at_once(classes, each):
     videos = [video(str(c), f"{c}/{i}") for c in range(classes) for i in range(each)]
     start = time.process_time()

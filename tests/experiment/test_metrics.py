@@ -93,6 +93,7 @@ def test_the_single_frame_that_is_judged_is_the_middle_one():
     assert shortcut_baselines(videos)["single-frame"] > 0.9
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_set():
     """Of 130 and of 230 videos, each of which takes 3 MB as floats."""
     program = [sys.executable, str(REPO / "benchmarks" / "memory.py"), "130", "230"]

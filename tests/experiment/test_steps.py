@@ -152,7 +152,7 @@ def learned(tmp_path_factory) -> Run:
     root = tmp_path_factory.mktemp("learned")
     profile = replace(
         TINY,
-        motion=replace(TINY.motion, labelled=6, unlabelled=40, test=20, size=48, frames=16),
+        motion=replace(TINY.motion, labelled=6, unlabelled=28, test=12, size=32, frames=16),
         view=replace(TINY.view, size=16, frames=16, length=8, clips=1),
         teachers=replace(
             TINY.teachers,

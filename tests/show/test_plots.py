@@ -352,6 +352,7 @@ def test_embedding_names_many_classes_in_the_plot_where_there_is_room():
         np.testing.assert_allclose(text.get_position(), np.median(own, 0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_umap_keeps_clusters_together_and_repeats():
     # Compiling takes 20 s, 18 points uncompiled 2 s; numba reads the switch on import only.
     code = """
@@ -523,6 +524,7 @@ def test_the_palette_is_dark_enough_for_white_paper():
     assert all(1.05 / (y + 0.05) > 2.9 for y in light)
 
 
+@pytest.mark.slow
 def test_an_embedding_leaves_pytorch_its_threads():
     """numba sets them, and sums over other threads differ in the last digit."""
     before = torch.get_num_threads()

@@ -200,3 +200,22 @@ def test_a_file_that_ends_in_damage_is_labelled_as_far_as_it_goes(exported, tmp_
     assert 0 < part.end < whole.end
     with pytest.raises(CannotLabel):
         student.predict(str(tmp_path / "none.mp4"))
+
+
+@pytest.mark.slow
+def test_ten_hours_are_labelled_hour_by_hour_in_the_memory_of_a_minute(exported, tmp_path):
+    still = render(1, 3, size=16, frames=60)
+    for name, seconds in (("minute.mp4", 60), ("hours.mp4", 36_000)):
+        encode(np.tile(still, (seconds // 60, 1, 1, 1)), tmp_path / name, fps=1)
+    peak = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = f"import sys; from gdviz.student.predict import main; main(sys.argv[1:]); {peak}"
+    lines, most = {}, {}
+    for name in ("minute.mp4", "hours.mp4"):
+        words = [str(exported), str(tmp_path / name), "--window", "3600", "--format", "json"]
+        command = [sys.executable, "-c", code, *words]
+        env = os.environ | {"PYTHONPATH": str(REPO)}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+        *lines[name], most[name] = done.stdout.splitlines()
+    assert [json.loads(line)["start"] for line in lines["hours.mp4"]] == list(range(0, 36000, 3600))
+    kilobytes = 1e3 if sys.platform == "darwin" else 1
+    assert int(most["hours.mp4"]) - int(most["minute.mp4"]) < 30_000 * kilobytes

@@ -205,7 +205,10 @@ def test_teachers_of_all_kinds_go_through_to_a_loss_with_a_gradient(swin, videos
     logits, features = predict(head, videos, every[:3], VIEW)
     torch.testing.assert_close(logits, (features @ head.fc.weight.T + head.fc.bias).detach())
     frozen = readouts["swin"]  # the copies of every fold have the same features
-    assert torch.equal(frozen.at("features", every), frozen.at("held", every))
+    # Other clips beside them move last digits, and half precision rounds.
+    torch.testing.assert_close(
+        frozen.at("features", every), frozen.at("held", every), atol=4e-3, rtol=4e-3
+    )
 
     assert models["fitted"] is teachers["fitted"]
     whole = predict(teachers["fitted"], videos, every, VIEW)[0].mean(1)
@@ -316,7 +319,9 @@ def test_networks_of_any_precision_work(clips, videos, dtype):
     features = other(clips)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, single(clips), atol=0.03, rtol=0.05)
-    fit_teacher(other, videos, TINY, VIEW, seed=0)
+    model = build_classifier(other, 3).train()  # as in a fit: the head learns in full precision
+    model(clips)[0].square().sum().backward()
+    assert model.fc.weight.grad.dtype == torch.float32 and model.fc.weight.grad.abs().sum() > 0
 
 
 def test_a_network_without_parameters_is_a_teacher(videos):
