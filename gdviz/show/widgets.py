@@ -352,6 +352,7 @@ class ClipExplorer(Explorer):
         label, words = int(look.videos.labels[row]), look.videos.label_names
         why = ", ".join(f"{n} {c:.2f}" for n, c in zip(names, self.against[clip], strict=True))
         return {
+            "moment": f"{moment + 1} of {len(edges.teachers)}",
             "truth": words[label] if label >= 0 else "not labelled",
             "consensus": f"{words[int(consensus.argmax())]} ({float(consensus.max()):.2f})",
             "student": f"{words[int(said[-1].argmax())]} ({float(said[-1].max()):.2f})",
@@ -443,7 +444,7 @@ class ModelPicker(Explorer):
         axes[0].axvspan(budget, axes[0].get_xlim()[1], color=plots.FAINT, alpha=0.15, lw=0)
         within = self.table[self.table["ms"] <= budget]
         if not len(within):
-            return {"take": "none is as fast"}
+            return {"take": f"none takes {budget:g} ms"}
         best = within.loc[within["mean"].idxmax()]
         ring = {"s": 200, "fc": "none", "ec": plots.INK, "lw": 1.5}
         axes[0].scatter(best["ms"], best["mean"], **ring)
@@ -452,7 +453,7 @@ class ModelPicker(Explorer):
         return {
             "take": f"{best['network']}, {name}",
             "right on": accuracy,
-            "ms a clip": best["ms"],
+            "ms to spare": budget - float(best["ms"]),
             "parameters": f"{best['params']:,.0f}",
         }
 

@@ -37,7 +37,7 @@ def browser():
 def notebook(tmp_path_factory):
     """A notebook with an explorer of every kind."""
     first = EVERY.format(root=str(REPO), tests=str(REPO / "tests/show"))
-    each = [f"explorers[{k}]" for k in range(5)]
+    each = [f"explorers[{k}]" for k in range(8)]
     path = tmp_path_factory.mktemp("lab") / "every.ipynb"
     cells = [nbformat.v4.new_code_cell(source) for source in (first, *each)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
@@ -132,18 +132,18 @@ def test_each_control_answers_the_keyboard_in_jupyterlab(browser, lab):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(20_000)
     page.goto(lab)
-    page.locator(".jp-Notebook .jp-CodeCell").nth(5).wait_for(timeout=90_000)
+    page.locator(".jp-Notebook .jp-CodeCell").nth(8).wait_for(timeout=90_000)
     wrong = listened(page)
     page.get_by_text("Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     explorers = page.locator(".gdviz")
-    explorers.nth(4).locator("img").wait_for(timeout=180_000)
-    assert [move_all(explorers.nth(k)) for k in range(5)] == [5, 4, 3, 1, 2]
+    explorers.nth(7).locator("img").wait_for(timeout=180_000)
+    assert [move_all(explorers.nth(k)) for k in range(8)] == [5, 4, 3, 1, 2, 1, 1, 1]
     explorers.first.get_by_role("slider").first.focus()
     for key in "rmyabx":  # of JupyterLab: raw, markdown, code, above, below, cut
         page.keyboard.press(key)
-    assert page.locator(".jp-Notebook .jp-CodeCell").count() == 6
-    assert page.locator(".jp-Notebook .jp-Cell").count() == 6
+    assert page.locator(".jp-Notebook .jp-CodeCell").count() == 9
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 9
     assert wrong == []
 
 
