@@ -208,6 +208,7 @@ def test_students_of_other_settings_have_their_setting_s_name():
     }
 
 
+@pytest.mark.slow
 def test_unnamed_motions_are_probed(tmp_path):
     text = 'profile = "unnamed"\ndraws = [1]\nmethods = ["both-graphs"]\n[settings.main]' + SMALL
     text = text.replace('"none@plain", "registration@noise"', '"none", "order"')
