@@ -23,7 +23,7 @@ from gdviz.core.files import UserError, atomic, in_a_line, load_json, load_tenso
 from gdviz.data.videos import VideoSet
 from gdviz.experiment.folder import Run
 from gdviz.graphs import effective_number
-from gdviz.show import plots
+from gdviz.show import comparisons, plots
 from gdviz.student.edges import Graphs
 from gdviz.teachers.bank import Bank, cases_of
 
@@ -153,8 +153,8 @@ def _tradeoff(look: Finished) -> Axes:
     costs = [look.summary["teacher"].get(name, look.summary["student"]) for name in shown["name"]]
     shown = shown.join(pd.DataFrame(costs, index=shown.index))
     _, axes = plt.subplots(2, figsize=(5.6, 5.2))
-    plots.plot_tradeoff(shown, "latency_ms", axes[0])
-    return plots.plot_tradeoff(shown, "params", axes[1])
+    comparisons.plot_tradeoff(shown, "latency_ms", axes[0])
+    return comparisons.plot_tradeoff(shown, "params", axes[1])
 
 
 FIGURES: dict[str, Callable[[Finished], Axes | None]] = {  # an axes of each figure
@@ -163,7 +163,7 @@ FIGURES: dict[str, Callable[[Finished], Axes | None]] = {  # an axes of each fig
     "representation_graph": _representation_graph,
     "edge_weights": _edge_weights,
     "embeddings": _embeddings,
-    "accuracy": lambda look: plots.plot_accuracy(
+    "accuracy": lambda look: comparisons.plot_accuracy(
         look.results, chance=look.summary["baselines"]["chance"]
     ),
     "tradeoff": _tradeoff,

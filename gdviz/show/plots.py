@@ -33,7 +33,6 @@ from scipy.optimize import isotonic_regression
 from threadpoolctl import threadpool_limits
 
 from gdviz.core.files import atomic
-from gdviz.experiment.tables import spread
 
 Names = Sequence[str]
 Place = Axes | None  # where to draw; None: in a new figure
@@ -67,7 +66,7 @@ SMALL = 6  # points: the smallest text
 WHOLE = 14  # characters of a class's name that every matrix has room for
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 _RIGHT: dict[str, Any] = {"ha": "right", "va": "center"}
-_OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 _ON_WHITE = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.92}
 
 
@@ -99,16 +98,17 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
-def _axes(ax: Place, width: float = 5.6, height: float = 3.6) -> Axes:
+def axes_or_new(ax: Place, width: float = 5.6, height: float = 3.6) -> Axes:
+    """Return ``ax``, or of a new figure of so many inches the only one."""
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
-def _look(k: int) -> dict[str, Any]:
+def look_of(k: int) -> dict[str, Any]:
     """Return colour and marker of category k."""
     return {"c": PALETTE[k % 6], "marker": MARKERS[k % 11]}
 
 
-def _name(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 1) -> None:
+def name_points(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 1) -> None:
     """Name points right (``side`` 1) or left (-1) of them, each joined to its name by a line.
 
     Names move as little as needed (least squares) to be 12 points apart.
@@ -122,7 +122,7 @@ def _name(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: int = 
     for k, height in zip(order, moved, strict=True):
         look = {"arrowprops": lead | {"color": colours[k]}, "ha": "left" if side > 0 else "right"}
         place = 18 * side, height - heights[k]
-        ax.annotate(names[k], tuple(points[k]), place, **look, **_OFFSET)
+        ax.annotate(names[k], tuple(points[k]), place, **look, **OFFSET)
 
 
 def as_text(names: Sequence[Any]) -> list[str]:
@@ -136,7 +136,7 @@ def short(name: str, most: int = 20) -> str:
     return name if len(name) <= most else f"{name[: most - end - 1]}…{name[-end:]}"
 
 
-def _points(ax: Axes) -> tuple[float, float]:
+def size_in_points(ax: Axes) -> tuple[float, float]:
     """Return a plot's width and height in points."""
     figure_of(ax).draw_without_rendering()  # lays out
     box, dpi = ax.get_window_extent(), figure_of(ax).dpi
@@ -159,7 +159,7 @@ def _page(ax: Axes, norm: Normalize, over: bool, note: str) -> tuple[float, floa
     weight lies beyond it; it lies within the plot, so that panels side by side have one layout.
     """
     ax.axis("off")
-    full, height = _points(ax)
+    full, height = size_in_points(ax)
     ax.set(xlim=(0, full), ylim=(0, height))
     width = full - 48
     place = ax.inset_axes((width + 10, 0.1 * height, 8, 0.8 * height), transform=ax.transData)
@@ -186,7 +186,7 @@ def _vertices(ax: Axes, at: Mapping[str, Any], size: float) -> None:
     """Draw teachers, each with its colour and marker, and what is no teacher in black and white."""
     others = {"consensus": {"marker": "D", "c": "white"}, "student": {"marker": "s", "c": INK}}
     for k, (name, place) in enumerate(at.items()):
-        look = others.get(name) or _look(k)
+        look = others.get(name) or look_of(k)
         area = 150 if name in others else size**2
         ax.scatter(*place, s=area, ec=INK, lw=1, zorder=3, **look)
 
@@ -203,7 +203,7 @@ def plot_logits_graph(graph: nx.Graph, ax: Place = None, *, vmax: float | None =
     edges = list(graph.edges.values())
     weights = {edge["columns"]: edge["weight"] for edge in edges if edge["kind"] == "matching"}
     glued, student = 1 < len(weights) <= NUMBERED, "student" in graph
-    ax = _axes(ax, 5.6, max(2.8, 0.8 + 0.22 * len(weights)))
+    ax = axes_or_new(ax, 5.6, max(2.8, 0.8 + 0.22 * len(weights)))
     top = vmax or max(weights.values())
     over = max(edge["weight"] for edge in edges) > top * (1 + 1e-6)
     note = "dashed: teacher to teacher, read off the joint coupling" if glued else ""
@@ -252,7 +252,7 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
     count, heaviest = len(names), max(edge["weight"] for edge in pairs.values())
     distance = {"mmd": "MMD²", "cka": "1 - CKA", "coral": "CORAL"}[graph.graph["distance"]]
     note = f"below the diagonal: learned weight; above: {distance} to the student"
-    ax, norm = _axes(ax, 6.75, 3.4), Normalize(0, heaviest)
+    ax, norm = axes_or_new(ax, 6.75, 3.4), Normalize(0, heaviest)
     width, height, below = _page(ax, norm, False, note)
     height -= below
     beside = width > 1.2 * height
@@ -277,7 +277,7 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
         ha, place = "center", (0, math.copysign(13, y))
         if side:
             ha, place = ("left" if x > 0 else "right"), (10 * x, 12 * y)
-        ax.annotate(label[name], at[name], place, fontsize=size, ha=ha, **_OFFSET)
+        ax.annotate(label[name], at[name], place, fontsize=size, ha=ha, **OFFSET)
     _vertices(ax, at, 11.0)
 
     side = min((w - length - 10) / count, (h - length - 10) / count, 44.0)
@@ -314,8 +314,8 @@ def _heat(
     If a name is too long all are numbered and it is shortened; up to ``NAMED`` classes' whole names
     are listed below, where they leave the matrix two thirds of the height.
     """
-    ax = _axes(ax, 5.2, 4.2)
-    width, height = _points(ax)
+    ax = axes_or_new(ax, 5.2, 4.2)
+    width, height = size_in_points(ax)
     most = max(WHOLE, min(24, int(0.05 * width)))
     whole = [f"{k} {name}" for k, name in enumerate(labels, 1) if len(name) > most]
     if whole:
@@ -377,10 +377,10 @@ def _lines(x: np.ndarray, series: np.ndarray, names: Names, ax: Axes) -> Axes:
     for k, y in enumerate(series):
         look: dict[str, Any] = {"c": FAINT, "lw": 0.5, "zorder": 1}
         if k in named:
-            look = _look(k) | {"ls": LINES[k // 6 % 4]}
+            look = look_of(k) | {"ls": LINES[k // 6 % 4]}
         ax.plot(x, y, ms=4, markevery=(k % every, every), **look)
     ax.set(xlabel="epoch")
-    _name(ax, [str(names[k]) for k in named], ends[named], [PALETTE[k % 6] for k in named])
+    name_points(ax, [str(names[k]) for k in named], ends[named], [PALETTE[k % 6] for k in named])
     return ax
 
 
@@ -390,7 +390,7 @@ def plot_edges_over_training(history: Any, names: Names, ax: Place = None) -> Ax
 
     Of more than ``NAMED`` edges those that end heaviest are named; the others are thin.
     """
-    history, uniform, ax = _array(history), 1 / len(names), _axes(ax)
+    history, uniform, ax = _array(history), 1 / len(names), axes_or_new(ax)
     ax.set_ylim(0, 1.06 * history.max())
     _lines(np.arange(len(history)), history.T, names, ax)
     ax.axhline(uniform, color=FAINT, ls=":", lw=1.2)
@@ -404,7 +404,7 @@ def plot_history(history: Sequence[Mapping[str, float]], keys: Names, ax: Place 
     """Draw the numbers ``keys`` of rows as trainings return them; missing ones leave a gap."""
     rows = pd.DataFrame(list(history))
     epochs = np.asarray(rows.get("epoch", rows.index))
-    return _lines(epochs, rows[list(keys)].to_numpy(float).T, keys, _axes(ax))
+    return _lines(epochs, rows[list(keys)].to_numpy(float).T, keys, axes_or_new(ax))
 
 
 @style()
@@ -414,14 +414,14 @@ def plot_embedding(points: Any, labels: Any, names: Names, ax: Place = None) -> 
     Up to twice ``NAMED`` classes are in a legend (half as many below a narrow plot); of more, names
     stand at their classes' medians, the most frequent first, where there is room.
     """
-    ax, points, labels = _axes(ax, 5.2, 3.8), _array(points), _array(labels)
+    ax, points, labels = axes_or_new(ax, 5.2, 3.8), _array(points), _array(labels)
     names = as_text([short(name) for name in names])
-    narrow = _points(ax)[0] < 250 and max(map(len, names)) > WHOLE
+    narrow = size_in_points(ax)[0] < 250 and max(map(len, names)) > WHOLE
     few = len(names) <= (1 if narrow else 2) * NAMED
     if (labels < 0).any():
         ax.scatter(*points[labels < 0].T, s=7, c="#bbbbbb", lw=0, label="unlabelled")
     for k, name in enumerate(names):
-        look = _look(k) | {"s": 28 if few else 10, "ec": "white", "lw": 0.4}
+        look = look_of(k) | {"s": 28 if few else 10, "ec": "white", "lw": 0.4}
         ax.scatter(*points[labels == k].T, label=name, **look)
     ax.set(xticks=[], yticks=[], xlabel="first coordinate", ylabel="second coordinate")
     if few:
@@ -466,130 +466,6 @@ def _umap() -> Any:
     return UMAP
 
 
-def _models(results: pd.DataFrame) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
-    """Return each model's name, first row and rows, in the order of first appearance.
-
-    A teacher has the look that it has in the graphs.
-    """
-    found, teachers = {}, results.query("kind == 'teacher'")["name"].drop_duplicates().tolist()
-    for row in results.to_dict("records"):
-        if row["kind"] == "teacher":
-            k = teachers.index(row["name"])
-            row |= {"colour": k % 6, "marker": MARKERS[k % 11]}
-        found.setdefault((row["kind"], row["name"]), []).append(row)
-    role = {"teacher": "teacher: ", "student": ""}
-    return [(role[r[0]["kind"]] + r[0]["label"], r[0], pd.DataFrame(r)) for r in found.values()]
-
-
-@style()
-def plot_accuracy(results: pd.DataFrame, ax: Place = None, *, chance: float | None = None) -> Axes:
-    """Draw each model's mean accuracy, standard deviation and, as ticks, its seeds.
-
-    Rows as of ``Run.results``: ``kind``, ``name``, ``label``, ``accuracy`` in [0, 1], ``colour``
-    (of ``COLOURS``), ``marker``, ``headline`` (in bold), ``shuffled`` (the control, in italics).
-    """
-    models = _models(results)
-    ax = _axes(ax, 5.6, 0.8 + 0.24 * len(models))
-    for y, (name, model, rows) in enumerate(models):
-        values, look = 100 * rows["accuracy"], {"color": COLOURS[model["colour"]], "ms": 6}
-        bar = {"fmt": model["marker"], "mec": INK, "mew": 0.6, "capsize": 3, "zorder": 3}
-        ax.errorbar(values.mean(), y, xerr=values.std() if len(values) > 1 else 0, **look, **bar)
-        ax.plot(values, [y + 0.26] * len(values), "|", zorder=2, **look)
-        beside = {"transform": ax.get_yaxis_transform(), "va": "center"}
-        beside["fontweight"] = "bold" if model["headline"] else "normal"
-        beside["fontstyle"] = "italic" if model["shuffled"] else "normal"
-        ax.text(-0.02, y, name, ha="right", **beside)
-        ax.text(1.02, y, spread(rows["accuracy"]), **beside)
-    if chance is not None:
-        ax.axvline(100 * chance, color=FAINT, ls=":", lw=1)
-        above = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
-        ax.text(100 * chance, 1, " chance", color=FAINT, **above)
-    ax.set(yticks=[], ylim=(len(models) - 0.4, -0.6))
-    ax.set_xlabel("top-1 accuracy, %\n(mean ± standard deviation; ticks: seeds)")
-    return ax
-
-
-COSTS = {"params": "parameters", "gflops": "GFLOPs a clip", "peak_mb": "MB of tensors"}
-COSTS |= dict.fromkeys(("ms", "latency_ms"), "latency, ms a clip")
-
-
-def _against_cost(ax: Axes, x: str) -> None:
-    """Name the axes of accuracies against a cost, and scale that by its logarithm."""
-    ax.set(xscale="log", xlabel=COSTS[x], ylabel="top-1 accuracy, %")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep="") if x == "params" else "{x:g}")
-    ax.xaxis.set_minor_formatter("")
-
-
-@style()
-def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: Place = None) -> Axes:
-    """Draw each model's mean accuracy against its cost, the column ``x``, on a log scale.
-
-    ``x`` is latency_ms, params or gflops; other columns are :func:`plot_accuracy`'s. The cheaper
-    half is named on the left. In a narrow plot names are in a legend.
-    """
-    ax, (names, firsts, each) = _axes(ax), zip(*_models(results), strict=True)
-    points = np.array([(rows[x].mean(), 100 * rows["accuracy"].mean()) for rows in each])
-    colours = [COLOURS[model["colour"]] for model in firsts]
-    for point, model, colour, name in zip(points, firsts, colours, names, strict=True):
-        look = {"marker": model["marker"], "c": colour, "label": name}
-        ax.scatter(*point, s=40, zorder=3, ec=INK, lw=0.6, **look)
-    _against_cost(ax, x)
-    if _points(ax)[0] < 260:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=7)
-        return ax
-    ax.margins(0.9, 0.15)
-    cheap = points[:, 0] <= np.sqrt(points[:, 0].min() * points[:, 0].max())
-    for side, half in ((-1, np.flatnonzero(cheap)), (1, np.flatnonzero(~cheap))):
-        _name(ax, [names[k] for k in half], points[half], [colours[k] for k in half], side)
-    return ax
-
-
-@style()
-def plot_front(table: Any, x: str = "ms", ax: Place = None) -> Axes:
-    """Draw accuracies with intervals against a cost: rows of ``gdviz.experiment.report.tradeoff``.
-
-    ``x`` is ms, params, gflops or peak_mb. An arrow leads from a network that learned from labels
-    alone to the same one distilled by the headline's method; the dashed line is the Pareto front.
-    """
-    ax, teachers = _axes(ax), 0
-    for row in table.to_dict("records"):
-        if row["kind"] == "teacher":
-            look, label, teachers = _look(teachers), f"teacher: {row['name']}", teachers + 1
-        else:
-            look, label = {"c": COLOURS[int(row["colour"])], "marker": row["marker"]}, row["label"]
-        seen = ax.get_legend_handles_labels()[1]
-        ax.plot([row[x]] * 2, [row["low"], row["high"]], lw=1.2, c=look["c"], zorder=2)
-        ax.scatter(row[x], row["mean"], s=36, ec=INK, lw=0.6, zorder=3, **look)
-        if label not in seen:
-            ax.scatter([], [], s=36, ec=INK, lw=0.6, label=label, **look)
-    students = table.query("kind == 'student'")
-    for network, rows in students.groupby("network", sort=False):
-        plain, taught = (rows[rows[k] == v] for k, v in (("unlabelled", False), ("headline", True)))
-        if len(plain) and len(taught):
-            ends = [(row[x].iloc[0], row["mean"].iloc[0]) for row in (taught, plain)]
-            arrow = {"arrowstyle": "->", "color": FAINT, "shrinkA": 5, "shrinkB": 5}
-            ax.annotate("", *ends, arrowprops=arrow)
-        lowest = rows[["low", "mean"]].min().min()  # of few draws there is no interval
-        ax.annotate(network, (rows[x].iloc[0], lowest), (0, -9), ha="center", **_OFFSET)
-    best = table.sort_values([x, "mean"], ascending=[True, False])
-    best = best[best["mean"] > best["mean"].cummax().shift(fill_value=-1)]
-    ax.step(
-        [*best[x], table[x].max()],
-        [*best["mean"], best["mean"].max()],
-        "--",
-        c=FAINT,
-        where="post",
-        lw=1,
-        zorder=1,
-        label="Pareto front",
-    )
-    _against_cost(ax, x)
-    ax.margins(0.12)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
-    return ax
-
-
 @style()
 def plot_filmstrip(
     clips: Any, titles: Names = (), ax: Place = None, *, columns: Names = (), every: int = 1
@@ -605,7 +481,7 @@ def plot_filmstrip(
         frames = (255 * unit).round().astype(np.uint8)
     frames = frames[:, ::every]
     n, t, height, width = frames.shape[:4]
-    ax = _axes(ax, 0.9 * t + 0.9, 0.9 * n + 0.3)
+    ax = axes_or_new(ax, 0.9 * t + 0.9, 0.9 * n + 0.3)
     gap = 1 + width // 24
     framed = np.pad(frames, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)], constant_values=255)
     height, width = height + gap, width + gap

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gdviz import graphs
 from gdviz.graphs import LogitsGraph, RepresentationGraph, TensorSketch, kernels
-from gdviz.show import plots
+from gdviz.show import comparisons, plots
 from gdviz.show.figures import Finished
 from gdviz.show.static import Control, Page, block, log_scale, play, shown
 from gdviz.student.routing import novelty
@@ -440,7 +440,7 @@ class ModelPicker(Explorer):
         super().__init__(budget=Control("budget, ms a clip", budgets, start, still=25))
 
     def draw(self, axes: Panels, budget: float) -> Numbers:
-        plots.plot_front(self.table, "ms", axes[0])
+        comparisons.plot_front(self.table, "ms", axes[0])
         axes[0].axvspan(budget, axes[0].get_xlim()[1], color=plots.FAINT, alpha=0.15, lw=0)
         within = self.table[self.table["ms"] <= budget]
         if not len(within):

@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from gdviz.core.files import UserError
 from gdviz.graphs import LogitsGraph, RepresentationGraph, zero_one_cost
-from gdviz.show import plots
+from gdviz.show import comparisons, plots
 
 TEACHERS = ["order", "coherence", "registration", "prediction", "pace", "clip-order", "rotation"]
 TEACHERS += ["contrast", "masked", "sound", "colour", "depth"]
@@ -186,7 +186,7 @@ def test_a_teacher_looks_the_same_in_every_plot(graph):
     assert looks(plots.plot_logits_graph(graph))[:4] == expected
     rows = [results().query("name == 'order'").assign(name=t, label=t) for t in TEACHERS[:4]]
     rows = pd.concat([*rows, results().query("kind == 'student'")]).assign(latency_ms=1.0)
-    assert looks(plots.plot_tradeoff(rows))[:4] == expected
+    assert looks(comparisons.plot_tradeoff(rows))[:4] == expected
     lines = plots.plot_edges_over_training(np.full((3, 4), 0.25), TEACHERS[:4]).lines
     assert [to_rgba(line.get_color()) for line in lines[:4]] == [colour for colour, _ in expected]
 
@@ -223,7 +223,9 @@ def draw(what, count, ax):
     rows = pd.concat([*each, results().query("kind == 'student'")])
     rows["accuracy"] = 0.6 + 0.002 * np.arange(len(rows))
     rows["latency_ms"] = np.where(rows["kind"] == "teacher", 30.0, 3.0)
-    return (plots.plot_accuracy if what == "accuracy" else plots.plot_tradeoff)(rows, ax=ax)
+    return (comparisons.plot_accuracy if what == "accuracy" else comparisons.plot_tradeoff)(
+        rows, ax=ax
+    )
 
 
 def drawn_texts(figure):
@@ -406,7 +408,7 @@ def results(seeds=3):
 
 
 def test_accuracy_shows_mean_and_spread_of_each_model_in_order():
-    ax = plots.plot_accuracy(results(), chance=0.125)
+    ax = comparisons.plot_accuracy(results(), chance=0.125)
     names = ["teacher: order", "labels only", "both graphs", "control"]
     assert [t.get_text() for t in ax.texts[:-1:2]] == names
     assert [t.get_text() for t in ax.texts[1::2]] == [f"{41 + 5 * i}.0 ± 1.0" for i in range(4)]
@@ -422,7 +424,7 @@ def test_accuracy_shows_mean_and_spread_of_each_model_in_order():
 
 
 def test_one_seed_has_no_spread():
-    shown = texts(plots.plot_accuracy(results(1)))
+    shown = texts(comparisons.plot_accuracy(results(1)))
     assert "50.0" in shown
     assert not any("±" in t for t in shown if t[0].isdigit())
 
@@ -434,7 +436,7 @@ def test_tradeoff_names_every_model_once_and_apart(x, ratio):
     rows = pd.concat([*teachers, results().query("kind == 'student'")])
     rows[x] = np.where(rows["kind"] == "teacher", 3 * ratio, 3)
     rows["accuracy"] = 0.6 + 0.002 * np.arange(len(rows))
-    ax = plots.plot_tradeoff(rows, x)
+    ax = comparisons.plot_tradeoff(rows, x)
     assert ax.get_xscale() == "log"
     names = [*(f"teacher: {t}" for t in TEACHERS[:9]), "labels only", "both graphs", "control"]
     assert sorted(t.get_text() for t in ax.texts) == sorted(names)
@@ -467,7 +469,7 @@ def saved(figure, folder):
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.plot_logits_graph, lambda _: plots.plot_accuracy(results())]
+    "draw", [plots.plot_logits_graph, lambda _: comparisons.plot_accuracy(results())]
 )
 def test_saved_twice_is_the_same_bytes(graph, tmp_path, draw):
     figure = draw(graph).figure

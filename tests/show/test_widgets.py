@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from gdviz import graphs
 from gdviz.graphs import RepresentationGraph, zero_one_cost
-from gdviz.show import plots, static, widgets
+from gdviz.show import comparisons, plots, static, widgets
 from gdviz.show.figures import open_finished
 from gdviz.student.weighting import entropic
 
@@ -186,7 +186,7 @@ def test_the_picker_takes_the_most_accurate_model_within_the_budget():
     assert takes == {0.5: "none takes 0.5 ms", 1: "small, both graphs", 5: "small, both graphs"} | {
         9: "big, order"
     }
-    ax = plots.plot_front(family())
+    ax = comparisons.plot_front(family())
     (front,) = [line for line in ax.lines if line.get_label() == "Pareto front"]
     assert sorted(set(front.get_ydata())) == [45, 50]
     arrows = [text for text in ax.texts if text.arrow_patch]
