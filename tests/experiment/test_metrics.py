@@ -102,3 +102,12 @@ def test_memory_does_not_grow_with_the_set():
     assert done.returncode == 0, done.stderr
     few, many = map(int, re.findall(r"all (\d+) MB", done.stdout))
     assert many - few < 80, done.stdout
+
+
+def test_a_large_set_gives_few_frames_a_video_and_one_at_least(monkeypatch):
+    videos = memory_set(np.zeros((6, 16, 12, 12, 3), np.uint8), [0, 1] * 3, ["train"] * 6)
+    rows = videos.rows("train")
+    for most, each in ((2**15, 4), (12, 2), (6, 1), (1, 1)):
+        monkeypatch.setattr(metrics, "FRAMES", most)
+        frames, middle, mean = metrics._small(videos, rows)
+        assert (frames.shape[1], len(middle), len(mean)) == (each, 6, 6)
