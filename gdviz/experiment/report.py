@@ -45,8 +45,8 @@ def tradeoff(folder: Path) -> pd.DataFrame:
     Columns: ``network``, ``kind``, ``name``; ``mean`` accuracy over draws, ``low`` and ``high`` of
     its interval, percent; ``ms`` of a clip on one thread (exported, where that is faster),
     ``params``, ``gflops`` and ``peak_mb``, from ``bench.json`` as ``gdviz bench --out`` writes it;
-    ``front``: none that is as fast is more accurate; and of a student, of its method, ``label``,
-    ``colour``, ``marker``, ``headline`` and ``unlabelled``.
+    and of a student, of its method, ``label``, ``colour``, ``marker``, ``headline`` and
+    ``unlabelled``.
 
     Raises:
         UserError: no experiment or no ``bench.json`` is there, or it lacks a network.
@@ -60,14 +60,11 @@ def tradeoff(folder: Path) -> pd.DataFrame:
     keys = ["network", "kind", "name"]
     found: Any = summarise(results.pivot_table("accuracy", "draw", keys, sort=False))
     found = found.rename_axis(keys).reset_index().join(costs, "network")
-    beaten = [
-        ((found["ms"] <= row.ms) & (found["mean"] > row.mean)).any() for row in found.itertuples()
-    ]
     teachers = found.query("kind == 'teacher'")["name"].tolist()
     methods = {name: find_method(name, teachers) for name in {*found["name"]} - {*teachers}}
     for field in ("label", "colour", "marker", "headline", "unlabelled"):
         found[field] = [getattr(methods.get(name), field, None) for name in found["name"]]
-    return found.assign(front=[not x for x in beaten])
+    return found
 
 
 def markdown(table: pd.DataFrame, head: str) -> str:
