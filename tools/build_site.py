@@ -186,7 +186,8 @@ def execute(path: Path) -> NotebookNode:
         CellExecutionError: a cell failed.
     """
     notebook = nbformat.read(path, as_version=4)
-    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    unset = "MPLBACKEND", "JPY_SESSION_NAME"  # figures, and explorers whole, as for a page
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
     environment |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     where: dict[str, Any] = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, resources=where).execute(env=environment)

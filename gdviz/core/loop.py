@@ -33,6 +33,7 @@ class Bookkeeping:
     checkpoint: Path | None = None  # to resume from; the caller removes it when the result is safe
     progress: str | None = None  # title of the progress bar; None hides it
     board: Path | None = None  # folder for TensorBoard
+    watch: Callable[[Any], None] | None = None  # sees the module after every epoch
 
 
 def learning_rate(schedule: Schedule, done: float) -> float:
@@ -160,6 +161,8 @@ def _run(training: _Training, keep: Bookkeeping) -> None:
                     for name, value in means.items():
                         board.add_scalar(name, value, step // steps)
                     board.flush()
+                if keep.watch:
+                    keep.watch(training.module)
             began = monotonic()
             is_due = distributed.first() and began > due
             if is_due:

@@ -113,9 +113,7 @@ def name_points(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: 
 
     Names move as little as needed (least squares) to be 12 points apart.
     """
-    figure_of(ax).draw_without_rendering()  # lays out: how high is the plot?
-    inches = ax.get_window_extent().height / figure_of(ax).dpi
-    heights = points[:, 1] * 72 * inches / np.ptp(ax.get_ylim())
+    heights = points[:, 1] * size_in_points(ax)[1] / np.ptp(ax.get_ylim())
     order, steps = np.argsort(heights, kind="stable"), 12 * np.arange(len(names))
     moved = isotonic_regression(heights[order] - steps).x + steps
     lead = {"arrowstyle": "-", "lw": 0.8, "shrinkA": 1, "relpos": (0 if side > 0 else 1, 0.5)}
@@ -137,8 +135,9 @@ def short(name: str, most: int = 20) -> str:
 
 
 def size_in_points(ax: Axes) -> tuple[float, float]:
-    """Return a plot's width and height in points."""
-    figure_of(ax).draw_without_rendering()  # lays out
+    """Return a plot's width and height in points, as its figure is laid out now."""
+    if engine := figure_of(ax).get_layout_engine():
+        engine.execute(figure_of(ax))
     box, dpi = ax.get_window_extent(), figure_of(ax).dpi
     return 72 * box.width / dpi, 72 * box.height / dpi
 

@@ -22,6 +22,7 @@ import numpy as np
 import traitlets
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -94,8 +95,7 @@ def _pictures(figure: Figure, still: Image.Image) -> list[Image.Image]:
     if figure not in _PLAYING:
         return [still.quantize(128)]  # colours: a third of the bytes
     ax, frames = _PLAYING[figure]
-    box = np.asarray(ax.get_window_extent().extents) * DPI / figure.dpi
-    left, bottom, right, top = box.round().astype(int).tolist()
+    left, bottom, right, top = map(round, ax.get_window_extent().extents)
     pictures = []
     for frame in frames:
         small = Image.fromarray(frame).resize(
@@ -108,12 +108,16 @@ def _pictures(figure: Figure, still: Image.Image) -> list[Image.Image]:
 
 def shown(title: str, figure: Figure, numbers: Mapping[str, float | str]) -> dict[str, str]:
     """Return a picture and its read-out as a page shows them."""
-    buffer, small = io.BytesIO(), io.BytesIO()
+    small = io.BytesIO()
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
     with plots.style():
-        figure.savefig(buffer, format="png", dpi=DPI)
-    first, *more = _pictures(figure, Image.open(buffer).convert("RGB"))
+        canvas.draw()
+    first, *more = _pictures(
+        figure, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    )
     moving: dict[str, Any] = {"save_all": True, "append_images": more, "duration": 160, "loop": 0}
-    first.save(small, "png", optimize=True, **moving if more else {})
+    first.save(small, "png", **moving if more else {})
     words = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}
     each = (f"{html.escape(k)} <b>{html.escape(v)}</b>" for k, v in words.items())
     return {

@@ -9,9 +9,10 @@ from __future__ import annotations
 import html
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -60,6 +61,8 @@ class Explorer:
         self.title = (inspect.getdoc(self) or "").splitlines()[0]
         pages = [control.page for control in controls.values()]
         self.page = Page(title=self.title, controls=pages)
+        # Kept, so that going back takes no time; of where controls stand.
+        self.picture = lru_cache(100)(lambda *at: shown(self.title, *self.show(**self.values)))
         self.page.observe(self.refresh, "at")
         self.move(**{name: control.start for name, control in controls.items()})
 
@@ -92,7 +95,7 @@ class Explorer:
         """Show what the controls stand at; each of them calls it."""
         at = {"at": self.page.at}
         try:
-            self.page.shown = shown(self.title, *self.show(**self.values)) | at
+            self.page.shown = self.picture(*self.page.at) | at
         except Exception as error:
             text = html.escape(f"{type(error).__name__}: {error}")
             alert = f"<b role='alert'>{text}</b> (the picture is older)"
@@ -104,9 +107,15 @@ class Explorer:
         return block(self.title, self.controls, self.values, self.show)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """Return the live explorer, and the one for where no kernel runs."""
+        """Return the live explorer, and the one for where no kernel runs.
+
+        Within JupyterLab that is the picture alone: a table of pictures takes seconds.
+        """
         live = self.page._repr_mimebundle_() or ({}, {})
-        return live[0] | {"text/html": self.static()}
+        seen = self.page.shown
+        picture = f'<img src="{seen["picture"]}" alt="{html.escape(seen["alt"])}">'
+        within = "JPY_SESSION_NAME" in os.environ  # Jupyter's server tells its kernels
+        return live[0] | {"text/html": picture if within else self.static()}
 
 
 class PlanExplorer(Explorer):
@@ -390,39 +399,51 @@ class ClipMap(Explorer):
 
 
 class TrainingReplay(Explorer):
-    """A training as it went: a student's losses, and the edges of both graphs, up to an epoch.
+    """A training as it went: a student's losses and features, and both graphs' edges, by epoch.
 
-    ``history`` is of the student, ``teachers [moments, K]`` and ``pairs [moments, E]`` are mean
-    weights.
+    ``history`` is of the student; ``features [epochs, N, d]`` of some clips after each epoch are
+    seen along the two main axes of the last one; ``teachers [moments, K]`` and
+    ``pairs [moments, E]`` are mean weights.
     """
 
-    size, panels, widths = (13.0, 3.4), 3, (1.0, 1.0, 1.0)
+    size, panels, rows, widths = (11.5, 6.6), 4, 2, (1.0, 1.0)
 
     def __init__(
         self,
         history: Sequence[Mapping[str, float]],
+        features: Float[Tensor, "epochs n d"],
+        labels: Labels,
+        class_names: Names,
         teachers: Float[Tensor, "moments k"],
         pairs: Float[Tensor, "moments e"],
         names: Names,
         pair_names: Names,
     ) -> None:
-        self.history = history
+        self.history, self.labels, self.class_names = history, labels, class_names
         self.edges = (teachers, names, "teachers"), (pairs, pair_names, "pairs")
+        centred = features - features.mean(1, keepdim=True)
+        main = torch.linalg.svd(centred[-1], full_matrices=False).Vh[:2]
+        self.points = (centred @ main.T).numpy()
         epochs = range(len(history))
         super().__init__(epoch=Control("epoch", epochs, epochs[-1], still=12, kind="player"))
 
     def draw(self, axes: Panels, epoch: int) -> Numbers:
-        done, whole = (epoch + 1) / len(self.history), self.history[: epoch + 1]
+        losses, clips, *edges = axes
+        done, row = (epoch + 1) / len(self.history), self.history[epoch]
         keys = [key for key in self.history[0] if key not in ("epoch", "loss")]
-        plots.plot_history(self.history, keys, axes[0])
-        axes[0].axvline(epoch, color=plots.INK, lw=1)
-        axes[0].set_ylabel("losses")
-        for ax, (weights, names, what) in zip(axes[1:], self.edges, strict=True):
+        plots.plot_history(self.history, keys, losses)
+        losses.axvline(epoch, color=plots.INK, lw=1)
+        losses.set_ylabel("losses")
+        plots.plot_embedding(self.points[epoch], self.labels, self.class_names, clips)
+        widest = 1.05 * np.abs(self.points).max((0, 1))
+        clips.set(xlim=(-widest[0], widest[0]), ylim=(-widest[1], widest[1]))
+        clips.set_title(f"features of {len(self.labels)} clips after epoch {epoch}", loc="left")
+        for ax, (weights, names, what) in zip(edges, self.edges, strict=True):
             moment = min(int(epoch / len(self.history) * len(weights)), len(weights) - 1)
             plots.plot_edges_over_training(weights, names, ax)
             ax.axvline(moment, color=plots.INK, lw=1)
             ax.set_title(f"{what}, moment {moment}", loc="left")
-        return {"done": f"{done:.0%}"} | {key: float(whole[-1][key]) for key in keys}
+        return {"done": f"{done:.0%}"} | {key: float(row[key]) for key in keys}
 
 
 class ModelPicker(Explorer):

@@ -13,11 +13,11 @@ from gdviz.data.clips import clip_places, to_float
 from gdviz.experiment import model_folder as module
 from gdviz.experiment.model_folder import export
 from gdviz.student import predict
-from gdviz.student.export import _mean_logits, export_onnx, quantise
+from gdviz.student.export import export_onnx
 from gdviz.student.family import build_student
 from gdviz.teachers.bank import calibration_temperature
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 
@@ -100,32 +100,6 @@ def test_nothing_is_left_where_onnx_answers_otherwise(finished, tmp_path, monkey
     with pytest.raises(UserError, match="away from PyTorch"):
         export(finished, tmp_path / "student")
     assert not list(tmp_path.iterdir())
-
-
-def test_two_dimensional_convolutions_are_quantised_and_others_left(tmp_path):
-    class Both(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.flat, self.deep = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(4, 4, 3)
-            self.fc = torch.nn.Linear(4, 2)
-
-        def forward(self, clips):
-            frames = self.flat(clips.transpose(1, 2).flatten(0, 1))
-            maps = frames.unflatten(0, (-1, clips.shape[2])).transpose(1, 2)
-            return self.fc(self.deep(maps).mean((2, 3, 4))), maps
-
-    torch.manual_seed(0)
-    clips = torch.randn(4, 3, 5, 9, 9)
-    export_onnx(Both(), clips, tmp_path / "a.onnx")
-    quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", [clips])
-    graph = onnx.load(tmp_path / "b.onnx").graph
-    made_by = {name: node.op_type for node in graph.node for name in node.output}
-    kinds = [made_by.get(n.input[1], "") for n in graph.node if n.op_type == "Conv"]
-    assert sorted(kinds) == ["", "DequantizeLinear"]
-    (linear,) = [n for n in graph.node if n.op_type in ("Gemm", "MatMul")]
-    assert made_by.get(linear.input[1]) != "DequantizeLinear"
-    full, small = (_mean_logits(tmp_path / name, [clips]) for name in ("a.onnx", "b.onnx"))
-    np.testing.assert_allclose(small, full, atol=1e-6)
 
 
 def test_several_labels_are_answered_one_by_one(made, finished):

@@ -148,7 +148,7 @@ def test_labelled_clips_are_judged_by_a_teacher_that_did_not_see_them(finished):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> Run:
-    """A run long enough to learn something: four classes told apart by motion, a minute."""
+    """A run long enough to learn something: four classes told apart by motion."""
     root = tmp_path_factory.mktemp("learned")
     profile = replace(
         TINY,
@@ -168,13 +168,13 @@ def learned(tmp_path_factory) -> Run:
             temperature=1.0,
             eps=0.3,
             schedule=replace(
-                TINY.distillation.schedule, epochs=20, batch=32, lr=1e-2, min_steps=16
+                TINY.distillation.schedule, epochs=10, batch=32, lr=1e-2, min_steps=16
             ),
         ),
         methods=("labels", "both-graphs", "both-shuffled"),
     )
     run = Run(profile, root / "run", cache=root / "data")
-    execute(run, workers=2)
+    execute(run, workers=1)
     return run
 
 

@@ -76,7 +76,14 @@ MAKE = {
         np.array([[0.0, 1.0], [2.0, 0.0]]), VIDEOS, torch.tensor([1, -1]), CLASSES
     ),
     "replay": lambda c: widgets.TrainingReplay(
-        HISTORY, c["probs"][:2].mean(2).softmax(1), torch.full((2, 3), 1 / 3), NAMES, "abc"
+        HISTORY,
+        torch.stack([c["student"] * (1 + k) for k in range(4)]),
+        c["labels"],
+        CLASSES,
+        c["probs"][:2].mean(2).softmax(1),
+        torch.full((2, 3), 1 / 3),
+        NAMES,
+        "abc",
     ),
     "picker": lambda c: widgets.ModelPicker(family()),
 }
@@ -284,6 +291,22 @@ def test_a_bundle_holds_the_live_explorer_and_the_block():
     assert view["model_id"] == widget.page.model_id
     assert bundle["text/html"] == widget.static()
     assert static.SCRIPT in bundle["text/html"]
+
+
+def test_within_jupyterlab_the_table_of_pictures_is_not_made(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "03.ipynb")
+    widget = Fragile(x=number())
+    monkeypatch.setattr(Fragile, "show", None)
+    text = widget._repr_mimebundle_()["text/html"]
+    assert text.startswith("<img") and widget.page.shown["picture"] in text
+
+
+def test_a_replay_sees_features_along_the_main_axes_of_the_last_epoch():
+    points = MAKE["replay"](CAST).points
+    x = CAST["student"] - CAST["student"].mean(0)
+    assert np.allclose(points[1], 2 * points[0], atol=1e-5)  # as the features of the test do
+    variance = torch.linalg.svdvals(x)[:2].square().sum().item()
+    assert np.square(points[0]).sum() == pytest.approx(variance, rel=1e-4)
 
 
 def plan(explorer, *values):
