@@ -5,7 +5,7 @@ PROFILE ?= smoke
 BIN     = $(VENV)/bin
 RUN     = runs/$(PROFILE)
 
-.PHONY: demo table test test-slow lab notebooks course figures lint types format clean
+.PHONY: demo table test test-slow test-browser lab site course figures lint types format clean
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,15 @@
 """What several test files share: a very small run, short videos, and real ones where they are
 present."""
 
+import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# In the background a shell has it ignored, and children that tests interrupt would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jaxtyping
 from jaxtyping import install_import_hook
@@ -33,13 +37,13 @@ TINY = Profile(
         tasks=("order", "prediction"),
         strides=(2, 1),
         backbone="tiny4",
-        pretrain=Schedule(epochs=2, batch=16),
-        fit=Schedule(epochs=2, batch=16),
+        pretrain=Schedule(epochs=2, batch=28, min_steps=3),
+        fit=Schedule(epochs=2, batch=28, min_steps=3),
         folds=2,
     ),
     distillation=Distillation(
         student="tiny4",
-        schedule=Schedule(epochs=2, batch=16),
+        schedule=Schedule(epochs=2, batch=28, min_steps=3),
         labelled_batch=8,
         edges=Edges(refreshes=3, gate_steps=2),
     ),
@@ -150,3 +154,9 @@ def official() -> Path:
     """A folder that holds ``splits``, the official lists, and ``ucf101_layout``, a few clips in
     their place."""
     return _shared_video("splits").parent
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -52,6 +52,15 @@ def imports(file: Path) -> set[str]:
     return found
 
 
+def test_what_the_docs_make_has_a_rule():
+    rules = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    for page in [REPO / "README.md", *(REPO / "docs").glob("*.md"), REPO / "benchmarks/README.md"]:
+        named = re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+        assert set(named) <= rules, page
+    (phony,) = re.findall(r"^\.PHONY: (.*)", (REPO / "Makefile").read_text(), re.MULTILINE)
+    assert set(phony.split()) == rules
+
+
 def test_graphs_and_losses_are_pure_tensor_code():
     for file in [*(PACKAGE / "graphs").glob("*.py"), PACKAGE / "student/losses.py"]:
         ours = {name for name in imports(file) if name.startswith("gdviz")}

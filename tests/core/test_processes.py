@@ -26,9 +26,9 @@ def assert_nothing_is_left() -> None:
 
 def test_lost_workers_cost_their_own_job_only(tmp_path):
     told, jobs = [], [(i, str(tmp_path)) for i in range(8)]
-    out = over_processes(work, jobs, 2, title="", timeout=3, each=lambda i, x: told.append((i, x)))
+    out = over_processes(work, jobs, 2, title="", timeout=2, each=lambda i, x: told.append((i, x)))
     assert [x for x in out if not isinstance(x, Lost)] == [0, 1, 9, 25, 36, 49]
-    assert "killed (exit code -9)" in out[2].reason and out[4] == Lost("took longer than 3 s")
+    assert "killed (exit code -9)" in out[2].reason and out[4] == Lost("took longer than 2 s")
     assert sorted(told) == [(i, i * i) for i in (0, 1, 3, 5, 6, 7)]
     with pytest.raises(WorkerDied, match="the same command goes on"):
         over_processes(work, [(1,), (2,)], 2, title="")

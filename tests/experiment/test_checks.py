@@ -35,7 +35,7 @@ BAD = {
     "no seeds": (vary("", seeds=()), "--seeds"),
     "clip": (vary("view", length=12), "--view.length 12"),
     "long clip": (LONG, "--teachers.tasks: "),
-    "parts": (vary("teachers", fit=replace(FIT, accumulate=3)), "--teachers.fit: 16 clips"),
+    "parts": (vary("teachers", fit=replace(FIT, accumulate=3)), "--teachers.fit: 28 clips"),
     "average": (
         vary("teachers", fit=replace(FIT, ema=1.0)),
         "--teachers.fit.ema 1.0: needs [0, 1)",
