@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # In the background a shell has it ignored, and children that tests interrupt would ignore it, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Jupyter's schemas would compile its grammars, three seconds in every process; no test has an IRI.
+sys.modules["rfc3987_syntax"] = None
+
 import jaxtyping
 from jaxtyping import install_import_hook
 
@@ -157,6 +160,7 @@ def official() -> Path:
 
 
 def pytest_collection_finish():
-    """What was imported stays: the collector need not look at it again and again."""
+    """What was imported stays: the collector need not look at it again, nor at all so often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
