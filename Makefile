@@ -27,7 +27,7 @@ test: $(VENV)/.test          ## the default test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.test     ## the slow tests: kill and resume, real clips, every notebook
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 test-browser: $(VENV)/.test  ## explorers in JupyterLab and on the site, in an installed Chromium
 	$(BIN)/pip install -q -e ".[browser]"
