@@ -10,6 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from gdviz.config import View
 from gdviz.core.files import UserError, file_sha256, load_json, load_tensors, save_json
 from gdviz.data.clips import pick_frames, to_float
 from gdviz.data.videos import VideoSet
@@ -18,7 +19,7 @@ from gdviz.experiment.metrics import accuracy
 from gdviz.student import predict
 from gdviz.student.export import export_onnx, quantise
 from gdviz.student.family import build_student
-from gdviz.teachers.backbones import Classifier
+from gdviz.teachers.backbones import Classifier, Clips
 from gdviz.teachers.bank import as_cases, calibration_temperature
 from gdviz.teachers.bank import predict as answers_of
 
@@ -49,8 +50,8 @@ Use: `gdviz predict FOLDER VIDEO...`, or without gdviz `python FOLDER/predict.py
 """
 
 
-def _clips(videos: VideoSet, rows: Tensor, run: Run) -> Tensor:
-    view = run.profile.view
+def clips_of(videos: VideoSet, rows: Tensor, view: View) -> Clips:
+    """Return the middle clip of each of these videos, as networks see it."""
     frames = pick_frames(videos.batch(rows), view.length, view.stride)
     return to_float(frames).transpose(1, 2)
 
@@ -82,7 +83,7 @@ def _open_student(run: Run, row: dict[str, Any], classes: int) -> Classifier:
 @torch.no_grad()
 def _check(folder: Path, classifier: Classifier, videos: VideoSet, run: Run) -> dict[str, float]:
     """Return how far ONNX is from PyTorch, and how often int8 answers alike."""
-    test, clips = videos.rows("test"), _clips(videos, videos.rows("test")[:64], run)
+    test, clips = videos.rows("test"), clips_of(videos, videos.rows("test")[:64], run.profile.view)
     full, small = (predict.Student(folder, name) for name in ("model.onnx", "model-int8.onnx"))
     logits: Any = full.session.run(None, {"clips": clips.numpy()})[0]
     expected = classifier(clips)[0]
@@ -115,7 +116,7 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
     try:
         training = videos.training_rows
         training = training[:: 1 + len(training) // 512]
-        calibration = [_clips(videos, rows, run) for rows in training.split(16)]
+        calibration = [clips_of(videos, rows, view) for rows in training.split(16)]
         export_onnx(classifier, calibration[0], part / "model.onnx")
         quantise(part / "model.onnx", part / "model-int8.onnx", calibration)
         about = {"size": view.size, "frames": view.frames, "length": view.length}

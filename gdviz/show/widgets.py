@@ -61,8 +61,7 @@ class Explorer:
         self.title = (inspect.getdoc(self) or "").splitlines()[0]
         pages = [control.page for control in controls.values()]
         self.page = Page(title=self.title, controls=pages)
-        # Kept, so that going back takes no time; of where controls stand.
-        self.picture = lru_cache(100)(lambda *at: shown(self.title, *self.show(**self.values)))
+        self.kept = lru_cache(100)(self.drawn)  # going back to a picture takes no time
         self.page.observe(self.refresh, "at")
         self.move(**{name: control.start for name, control in controls.items()})
 
@@ -80,11 +79,19 @@ class Explorer:
         )
         return figure, self.draw(grid.flatten().tolist(), **values)
 
+    def values_at(self, *at: int) -> dict[str, Any]:
+        """Return a value of each control, by its number."""
+        controls = zip(self.controls.items(), at, strict=True)
+        return {name: control.values[k] for (name, control), k in controls}
+
     @property
     def values(self) -> dict[str, Any]:
         """What the controls stand at."""
-        controls = zip(self.controls.items(), self.page.at, strict=True)
-        return {name: control.values[at] for (name, control), at in controls}
+        return self.values_at(*self.page.at)
+
+    def drawn(self, *at: int) -> dict[str, str]:
+        """Return picture and read-out, as a page shows them, for these numbers of values."""
+        return shown(self.title, *self.show(**self.values_at(*at)))
 
     def move(self, **values: Any) -> None:
         """Set controls to some of their values, and show what they stand at."""
@@ -95,7 +102,7 @@ class Explorer:
         """Show what the controls stand at; each of them calls it."""
         at = {"at": self.page.at}
         try:
-            self.page.shown = self.picture(*self.page.at) | at
+            self.page.shown = self.kept(*self.page.at) | at
         except Exception as error:
             text = html.escape(f"{type(error).__name__}: {error}")
             alert = f"<b role='alert'>{text}</b> (the picture is older)"
@@ -111,11 +118,10 @@ class Explorer:
 
         Within JupyterLab that is the picture alone: a table of pictures takes seconds.
         """
-        live = self.page._repr_mimebundle_() or ({}, {})
-        seen = self.page.shown
-        picture = f'<img src="{seen["picture"]}" alt="{html.escape(seen["alt"])}">'
+        live, seen = self.page._repr_mimebundle_() or ({}, {}), self.page.shown
+        still = f'<img src="{seen["picture"]}" alt="{html.escape(seen["alt"])}">'
         within = "JPY_SESSION_NAME" in os.environ  # Jupyter's server tells its kernels
-        return live[0] | {"text/html": picture if within else self.static()}
+        return live[0] | {"text/html": still if within else self.static()}
 
 
 class PlanExplorer(Explorer):

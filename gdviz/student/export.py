@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -112,9 +112,9 @@ def round_together(
 ) -> Float[Tensor, "o i"]:
     """Return integers ``q`` in [-127, 127] that keep ``tr (w - s q) H (w - s q)'`` small.
 
-    That is by how much outputs change, ``H`` being the second moments of the inputs. Inputs are
-    rounded in turn, and those still to come make up for each (GPTQ, Frantar et al. 2023, eq. 2 and
-    3). Ours: a hundredth of the mean of H's diagonal is added to it, as there.
+    That is by how much outputs change, ``H`` being the second moments of the inputs, to which a
+    hundredth of their mean diagonal is added. One input's weights are rounded after the other, and
+    those still to come make up for the error (GPTQ, Frantar et al. 2023, algorithm 1).
     """
     eye = torch.eye(len(moments), dtype=moments.dtype)
     damped = moments + (0.01 * moments.diagonal().mean() + 1e-12) * eye
@@ -145,7 +145,7 @@ def _second_moments(model: Any, clips: Sequence[Tensor]) -> dict[str, Tensor]:
     found: dict[str, Any] = {name: 0.0 for _, name, _ in convs}
     if not names:
         return found
-    for outputs in _answers(told, names, clips):
+    for outputs in answers(told, names, clips):
         maps = dict(zip(names, outputs, strict=True))
         for entry, name, how in convs:
             x = torch.tensor(maps[entry])
@@ -169,10 +169,11 @@ def _put(model: Any, arrays: dict[str, np.ndarray]) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(arrays[tensor.name], tensor.name))
 
 
-def _answers(model: Any, names: list[str], clips: Sequence[Tensor]) -> Iterator[list[np.ndarray]]:
+def answers(model: Any, names: list[str], clips: Iterable[Tensor]) -> Iterator[list[np.ndarray]]:
+    """Yield what ONNX Runtime makes of batches of clips: a model's outputs of these names."""
     session: Any = import_module("onnxruntime").InferenceSession(model.SerializeToString())
     return (session.run(names, {"clips": part.numpy()}) for part in clips)
 
 
 def _mean_logits(model: Any, clips: Sequence[Tensor]) -> np.ndarray:
-    return np.concatenate([z for (z,) in _answers(model, ["logits"], clips)]).mean(0)
+    return np.concatenate([z for (z,) in answers(model, ["logits"], clips)]).mean(0)

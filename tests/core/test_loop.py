@@ -65,6 +65,21 @@ def interrupt() -> None:
     raise Interrupted
 
 
+def test_who_watches_sees_every_epoch_and_changes_nothing():
+    module, step = problem()
+    seen = []
+
+    def watch(watched):
+        watched.eval()
+        torch.rand(7)
+        seen.append((watched is module, watched[0].weight.detach().clone()))
+
+    watched = train(module, step, ROWS, PLAN, seed=0, keep=Bookkeeping(watch=watch))
+    assert len(seen) == PLAN.epochs and all(same for same, _ in seen)
+    assert torch.equal(seen[-1][1], module[0].weight) and not torch.equal(seen[0][1], seen[1][1])
+    assert watched == train(*problem(), ROWS, PLAN, seed=0)
+
+
 @pytest.mark.parametrize("plan", [PLAN, EVERYTHING], ids=["plain", "everything"])
 def test_resuming_is_exact(tmp_path, monkeypatch, plan):
     """Between epochs, within one, and again and again."""

@@ -25,7 +25,7 @@ from gdviz.student.edges import Graphs, build_graphs, learn_edges
 from gdviz.teachers.bank import Readout, as_cases, calibration_temperature, gather, predict
 
 CLASSES = ("red", "green", "blue")
-METHODS = ("labels", "kd-aekd", "wkd", "both-graphs")
+METHODS = ("labels", "kd-best", "kd-aekd", "wkd", "both-graphs", "both-shuffled")
 
 
 def test_cases_are_binary_problems():

@@ -301,12 +301,37 @@ def test_within_jupyterlab_the_table_of_pictures_is_not_made(monkeypatch):
     assert text.startswith("<img") and widget.page.shown["picture"] in text
 
 
+def test_going_back_to_a_picture_draws_nothing(monkeypatch):
+    widget, show, calls = Fragile(x=number()), Fragile.show, []
+    monkeypatch.setattr(Fragile, "show", lambda self, x: calls.append(x) or show(self, x=x))
+    seen = []
+    for x in (0, 2, 0, 2):
+        widget.move(x=x)
+        seen.append(widget.page.shown)
+    assert calls == [0, 2] and seen[:2] == seen[2:] and seen[0] != seen[1]
+
+
 def test_a_replay_sees_features_along_the_main_axes_of_the_last_epoch():
     points = MAKE["replay"](CAST).points
     x = CAST["student"] - CAST["student"].mean(0)
     assert np.allclose(points[1], 2 * points[0], atol=1e-5)  # as the features of the test do
     variance = torch.linalg.svdvals(x)[:2].square().sum().item()
     assert np.square(points[0]).sum() == pytest.approx(variance, rel=1e-4)
+
+
+def test_a_replay_shows_the_epoch_it_stands_at():
+    widget = MAKE["replay"](CAST)
+    for epoch in (0, 2):
+        figure, numbers = widget.show(epoch=epoch)
+        losses, clips, teachers, pairs = figure.axes
+        dots = np.concatenate([c.get_offsets() for c in clips.collections])
+        assert sorted(map(tuple, dots)) == sorted(map(tuple, widget.points[epoch].astype(float)))
+        assert np.abs(dots).max() < clips.get_xlim()[1] and f"epoch {epoch}" in clips.get_title(
+            "left"
+        )
+        assert losses.lines[-1].get_xdata()[0] == epoch and numbers["ce"] == HISTORY[epoch]["ce"]
+        moments = [ax.lines[-1].get_xdata()[0] for ax in (teachers, pairs)]
+        assert moments == [epoch // 2] * 2  # two moments, four epochs
 
 
 def plan(explorer, *values):

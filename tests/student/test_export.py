@@ -46,17 +46,17 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest():
         assert torch.equal(round_together(w, scale, alone), nearest(w, scale))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_not_far_from_the_best_of_all_roundings(seed):
-    """Of both neighbours of four weights, all combinations are tried."""
-    w, scale, moments = problem(seed, inputs=4)
+def test_it_is_a_tenth_from_the_best_of_all_roundings():
+    """Of both neighbours of four weights all combinations are tried; to nearest is .65 from it."""
     choices = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).double()
-    floor, one = (w / scale[:, None]).floor(), scale[:, None]
-    for row in range(len(w)):
-        of = slice(row, row + 1)
-        each = [changed(w[of], floor[of] + choice, one[of, 0], moments) for choice in choices]
-        found = changed(w[of], round_together(w, scale, moments)[of], one[of, 0], moments)
-        assert found <= np.median(each)
+    above = []
+    for seed in range(20):
+        w, scale, moments = problem(seed, inputs=4)
+        found = round_together(w, scale, moments)
+        for row, q, s in zip(w[:, None], found[:, None], scale[:, None], strict=True):
+            each = [changed(row, (row / s).floor() + up, s, moments) for up in choices]
+            above.append(changed(row, q, s, moments) / min(each))
+    assert len(above) == 100 and np.mean(above) < 1.2
 
 
 def test_a_student_s_weights_are_rounded_so(tmp_path):
