@@ -1,4 +1,4 @@
-"""Sets of videos: in memory, or decoded once into a cache (`gdviz.data.cache`)."""
+"""Sets of videos, in memory or in a cache; what decodes the files is `gdviz.data.reading`."""
 
 from __future__ import annotations
 
