@@ -175,7 +175,8 @@ def _export(
     card = export(open_run(run), out, method, seed)
     print(f"{out}: {card['name']}, right on {card['accuracy']:.1f} % of the test videos")
     print(f"ONNX and PyTorch differ by {card['parity']:.1e} at most")
-    print(f"int8 answers alike on {card['agreement']:.1f} % of the test videos")
+    whole = f"{card['int8']} of {card['convolutions']} convolutions"
+    print(f"int8 ({whole}) answers alike on {card['agreement']:.1f} % of the test videos")
     print(f"next: gdviz predict {out} VIDEO...")
 
 

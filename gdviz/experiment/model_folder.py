@@ -34,7 +34,7 @@ Distilled by gdviz, method `{method}`, from {teachers}.
 | videos | {train} labelled, {unlabelled} unlabelled, {test} to test |
 | top-1, test videos | {accuracy:.1f} % (Wilson, 95 %: {low:.1f} to {high:.1f}), seed {seed} |
 | over the run's seeds | {seeds} |
-| quantised (int8) | the same answer on {agreement:.1f} % of the test videos |
+| in int8 | {int8} of {convolutions} convolutions; agrees on {agreement:.1f} % of test videos |
 | ONNX against PyTorch | logits differ by {parity:.1e} at most |
 | speed when trained | {latency:.2f} ms a clip, one thread, PyTorch, on the machine of the run |
 
@@ -118,7 +118,7 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
         training = training[:: 1 + len(training) // 512]
         calibration = [clips_of(videos, rows, view) for rows in training.split(16)]
         export_onnx(classifier, calibration[0], part / "model.onnx")
-        quantise(part / "model.onnx", part / "model-int8.onnx", calibration)
+        int8, convolutions = quantise(part / "model.onnx", part / "model-int8.onnx", calibration)
         about = {"size": view.size, "frames": view.frames, "length": view.length}
         about |= {"stride": view.stride, "clips": view.clips, "fps": view.fps}
         about |= {"mean": 0.5, "std": 0.25}
@@ -126,7 +126,8 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
         about |= {"temperature": temperature, "several": several}
         save_json(part / "preprocessing.json", about)
         save_json(part / "labels.json", videos.label_names)
-        card = about | _check(part, classifier, videos, run)
+        card = about | {"int8": int8, "convolutions": convolutions}
+        card |= _check(part, classifier, videos, run)
         card |= _facts(run, row, videos, accuracy(logits, videos.labels[test]))
         (part / "README.md").write_text(CARD.format(**card), encoding="utf-8")
         shutil.copy(predict.__file__, part / "predict.py")

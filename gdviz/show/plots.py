@@ -258,7 +258,7 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
     w, h = (width / 2, height) if beside else (width, height / 2)
     left, low = (w, below) if beside else (0.0, below)  # of the matrix
     size = 8.0 if count <= NUMBERED else 7.0
-    label = {name: short(name, 14) for name in names}
+    label = {name: short(name, 20 if count < 5 else 14) for name in names}
     length = _length(ax, label.values(), size)
 
     turn = np.pi / 2 - 2 * np.pi * np.arange(count) / count + np.pi / count * (count in (2, 4))

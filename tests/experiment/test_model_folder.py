@@ -40,6 +40,8 @@ def test_the_folder_holds_models_labels_and_a_card(made, finished):
     assert card["low"] < card["accuracy"] < card["high"] and card["parity"] < 1e-4
     text = (out / "README.md").read_text()
     assert f"{card['accuracy']:.1f} %" in text and "`both-graphs`" in text
+    assert card["int8"] == 0 < card["convolutions"]  # a tiny student's are three-dimensional
+    assert f"0 of {card['convolutions']} convolutions" in text
 
 
 def test_its_answers_are_those_of_the_run(made, finished):

@@ -66,7 +66,7 @@ def test_a_student_s_weights_are_rounded_so(tmp_path):
     for part in clips:
         model(part)  # for the norms
     export_onnx(model.eval(), clips[0], tmp_path / "a.onnx")
-    quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", clips)
+    assert quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", clips) == (6, 6)
     whole, small = (onnx.load(tmp_path / name) for name in ("a.onnx", "b.onnx"))
     weights, constants, found = module._arrays(whole), module._arrays(small), []
     for name, moments in module._second_moments(whole, clips).items():
@@ -118,7 +118,7 @@ def test_two_dimensional_convolutions_are_quantised_and_others_left(tmp_path):
     torch.manual_seed(0)
     clips = torch.randn(4, 3, 5, 9, 9)
     export_onnx(Both(), clips, tmp_path / "a.onnx")
-    quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", [clips])
+    assert quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", [clips]) == (1, 2)
     graph = onnx.load(tmp_path / "b.onnx").graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     kinds = [made_by.get(n.input[1], "") for n in graph.node if n.op_type == "Conv"]
