@@ -170,6 +170,15 @@ def test_other_tables_are_those_of_their_results_files(name, tmp_path):
     assert len(rows) > 12 and not [line for line in rows if line not in page]
 
 
+def test_int8_agrees_as_often_as_its_file_says():
+    page = (REPO / "docs/results.md").read_text()
+    by = pd.read_csv(REPO / "docs/results/family/int8.csv").groupby("student")["agreement"]
+    for of in by.agg(["mean", "min", "max", "size"]).itertuples():
+        assert of.size == 10
+        said = rf"`{of.Index}` [a-z0-9 ]*on {of.mean:.1f} % [a-z ]*\({of.min:.1f} to {of.max:.1f} %"
+        assert re.search(said, page), said
+
+
 def test_what_was_tried_is_what_its_files_say():
     folder, page = REPO / "docs/results/development", (REPO / "docs/tried.md").read_text()
     right = pd.read_csv(folder / "routing.csv").pivot(index="rule", columns="draw", values="right")
