@@ -36,7 +36,7 @@ def of_runs(runs: list[str], folder: Path) -> None:
     for run in map(Path, runs):
         card = export(open_run(run), folder / "student")
         about = card["name"].partition(",")[0], run.name
-        print(*about, f"{card['parity']:.1e}", f"{card['agreement']:.2f}", sep=",", flush=True)
+        print(*about, f"{card['parity']:.1e}", f"{card['agreement']:.3f}", sep=",", flush=True)
 
 
 def at_112(folder: Path) -> None:
