@@ -29,6 +29,16 @@ from gdviz.data.verified import stat, verified
 VERSION = 4  # raise when decoding, resizing or the caches change: older caches are then made again
 
 
+def some_of(rows: Int[Tensor, " n"], most: int) -> Int[Tensor, " m"]:
+    """Return ``rows``, or ``most`` of them, drawn at random and always the same.
+
+    Every so manieth would miss classes in a set whose classes take turns.
+    """
+    if len(rows) <= most:
+        return rows
+    return rows[torch.randperm(len(rows), generator=Generator().manual_seed(0))[:most]]
+
+
 @dataclass(frozen=True)
 class VideoSet:
     """A data set; row i of every field is video i."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdviz.config import View
 from gdviz.core.files import UserError, file_sha256, load_json, load_tensors, save_json
 from gdviz.data.clips import pick_frames, to_float
-from gdviz.data.videos import VideoSet
+from gdviz.data.videos import VideoSet, some_of
 from gdviz.experiment.folder import Run
 from gdviz.experiment.metrics import accuracy
 from gdviz.student import predict
@@ -114,8 +114,7 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        training = videos.training_rows
-        training = training[:: 1 + len(training) // 512]
+        training = some_of(videos.training_rows, 512)
         calibration = [clips_of(videos, rows, view) for rows in training.split(16)]
         export_onnx(classifier, calibration[0], part / "model.onnx")
         int8, convolutions = quantise(part / "model.onnx", part / "model-int8.onnx", calibration)

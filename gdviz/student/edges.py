@@ -18,6 +18,7 @@ from gdviz import graphs as g
 from gdviz.config import Distillation
 from gdviz.config import Edges as EdgesConfig
 from gdviz.core.files import UserError, load_tensors, meta_of, save_tensors
+from gdviz.data.videos import some_of
 from gdviz.graphs import LogitsGraph, RepresentationGraph
 from gdviz.graphs.costs import normalise_cost
 from gdviz.student.routing import route
@@ -70,7 +71,7 @@ def build_graphs(
     cost, names, t = ground_cost(bank, cfg.cost_shrink), bank.teachers, cfg.temperature
     logits = LogitsGraph(names, cost, eps=cfg.eps, beta=cfg.beta, temperature=t, tol=1e-4)
     representation = RepresentationGraph(names, bank.dims, student_dim, distance=cfg.distance)
-    representation.fit_scalers(bank.features_at(rows[:: 1 + len(rows) // SCALED_BY]))
+    representation.fit_scalers(bank.features_at(some_of(rows, SCALED_BY)))
     return logits, representation
 
 

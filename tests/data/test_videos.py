@@ -16,7 +16,7 @@ from gdviz.data import cache as caches
 from gdviz.data.clips import pick_frames
 from gdviz.data.listing import read_list
 from gdviz.data.reading import DamagedVideo, read_square
-from gdviz.data.videos import VideoSet, load_motion, load_videos
+from gdviz.data.videos import VideoSet, load_motion, load_videos, some_of
 
 VIEW = View(size=16, frames=6)
 
@@ -227,3 +227,14 @@ def test_a_cache_that_cannot_be_made_is_one_line(video_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot use .*verified\.sqlite: unable to open"):
         load_videos(video_folder(), VIEW, tmp_path / "file" / "cache")
+
+
+def test_some_of_many_rows_are_of_all_classes_and_always_the_same():
+    """Of twelve classes that take turns every third video is of four."""
+    rows = torch.arange(100, 1300)
+    some = some_of(rows, 500)
+    assert len(set(some.tolist())) == 500 and set(some.tolist()) <= set(rows.tolist())
+    counts = torch.bincount(some % 12, minlength=12)
+    assert counts.min() > 25 and counts.max() < 60
+    assert torch.equal(some, some_of(rows, 500))
+    assert some_of(rows, 1200) is rows
