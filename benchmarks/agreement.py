@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-import onnx
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -23,7 +21,7 @@ from gdviz.data.clips import augment
 from gdviz.data.videos import load_motion, some_of
 from gdviz.experiment.folder import open_run
 from gdviz.experiment.model_folder import clips_of, export
-from gdviz.student.export import answers, export_onnx, quantise
+from gdviz.student.export import export_onnx, logits_of, quantise
 from gdviz.student.family import build_student
 
 VIEW = View(size=112, frames=16, length=16, stride=1)
@@ -56,8 +54,7 @@ def at_112(folder: Path) -> None:
 
     def said(name):
         clips = (clips_of(videos, part, VIEW) for part in test.split(16))
-        each = answers(onnx.load(folder / name), ["logits"], clips)
-        return np.concatenate([logits for (logits,) in each]).argmax(1)
+        return logits_of(folder / name, clips).argmax(1)
 
     fp32, int8 = said("fp32"), said("int8")
     right = (fp32 == videos.labels[test].numpy()).mean()
