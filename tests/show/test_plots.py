@@ -135,6 +135,19 @@ def test_colour_bar_ends_at_the_heaviest_teacher_and_points_beyond_for_beta(grap
     assert without._colorbar.extend == "neither"
 
 
+@pytest.mark.parametrize("width", [3.25, 6.75])
+def test_four_specialists_keep_their_whole_names_and_names_stay_apart(width):
+    names = ("registration@plain", "contrast@noise", "prediction@snow", "registration@pan")
+    space = RepresentationGraph(names, [4] * 4, 3)
+    _, ax = plt.subplots(figsize=(width, 4.5 if width < 5 else 3.4), layout="constrained")
+    plots.plot_representation_graph(space.to_networkx(torch.full((6,), 1 / 6), torch.rand(6)), ax)
+    ax.figure.draw_without_rendering()
+    around = [t for t in ax.texts if t.get_text() in names and not t.get_rotation()]
+    assert sorted(t.get_text() for t in around) == sorted(2 * names)  # and beside the matrix
+    boxes = [t.get_window_extent() for t in around]
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)
+
+
 @pytest.mark.parametrize("teachers", [1, 2, 3, 4, 5, 9, 12])
 def test_representation_graph_is_drawn_over_teachers_and_as_a_matrix(teachers):
     graph = representation_graph(teachers, "cka")
