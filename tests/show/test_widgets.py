@@ -183,6 +183,11 @@ def test_a_clip_plays_in_its_picture_and_nothing_else_moves():
     ys, xs = np.nonzero(moved)
     box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
     assert moved[box].mean() > 0.9 and xs.min() > 0.5 * moved.shape[1]
+    beside = (
+        seen[0][box[0], [xs.min() - 3, xs.max() + 3]],
+        seen[0][[ys.min() - 3, ys.max() + 3], box[1]],
+    )
+    assert all((edge == 255).all() for edge in beside)  # nothing of the first frame is left over
     small = np.asarray(Image.fromarray(seen[1][box].astype(np.uint8)).resize((8, 8), 0)).astype(int)
     assert np.abs(small - VIDEOS[0][2]).max() <= 2
 
