@@ -40,8 +40,8 @@ Decay = Annotated[float, Range(0, 1, below=True)]
 Weight = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 
-GRAPHS = ("logits-graph", "representation-graph", "both-graphs", "both-shuffled")
-METHODS = ("labels", "kd-best", "kd-uniform", *GRAPHS)
+METHODS = ("labels", "kd-best", "kd-uniform", "logits-graph", "representation-graph")
+METHODS += ("both-graphs", "both-shuffled")
 SHOWN = ("labels", "kd-uniform", "logits-graph", "both-graphs", "both-shuffled")  # by notebooks
 
 

@@ -28,8 +28,9 @@ from gdviz.data.listing import mark_as_cache
 from gdviz.data.reading import DamagedVideo, frames_of, read_square, verify
 from gdviz.data.verified import Verdict, from_json, patience
 
-# Few videos in a shard keep all cores busy on small sets; few shards can all stay open.
-SHARD, SHARDS = 16, 4096
+# Few videos in a shard keep all cores busy on small sets; few shards are few folders. Each open one
+# holds a file, of which a process may have 256 (macOS): opening it again takes microseconds.
+SHARD, SHARDS, OPEN = 16, 4096, 128
 REMAKE = "delete it to have it made again"
 
 Shape = tuple[int, ...]
@@ -116,7 +117,7 @@ class Cache:
             raise UserError(f"{problem}; {REMAKE}") from None
 
 
-@lru_cache(maxsize=SHARDS)
+@lru_cache(maxsize=OPEN)
 def _shard(cache: Cache, number: int) -> Memmap | Transcode:
     return KINDS[cache.kind](cache.folder / f"{number:05d}", cache.shape[1:])
 

@@ -201,7 +201,7 @@ def _read_list(file: Path) -> list[Video]:
         if split and split not in SPLIT_NAMES:
             choice = f"none of {', '.join(SPLIT_NAMES)}"
             raise UserError(f"--data {file}: split {split!r} of {row['path']} is {choice}")
-        group = row.get("group") or group_of(path, row["label"])
+        group = row.get("group") or group_of(Path(row["path"]), row["label"])
         videos.append(Video(path, row["label"], group, SPLIT_NAMES.get(split, "")))
     if not any(os.path.exists(video.path) for video in videos):
         where = "beside the list or in the working folder"

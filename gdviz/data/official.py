@@ -133,7 +133,7 @@ def read_official(
         if len(files) > 1:
             raise UserError(f"{key} may be {files[0]} or {files[1]}: keep one of them")
         path = files[0] if files else root / key
-        group = path.name if labels is not None else group_of(path)
+        group = path.name if labels is not None else group_of(path.relative_to(root))
         videos.append(Video(path, label, group, part, labels))
         if not files:
             missing.append(videos[-1])
@@ -142,7 +142,9 @@ def read_official(
 
 
 def save_list(videos: list[Video], file: Path) -> None:
-    """Write a CSV for ``gdviz run --data``, of videos of one class each."""
+    """Write a CSV for ``gdviz run --data``; raise UserError where videos have several classes."""
+    if any(video.labels is not None for video in videos):
+        raise UserError(f"--csv {file}: a list has one class a video; give runs the folder itself")
     rows = ((os.path.realpath(v.path), v.label, v.group, v.split) for v in videos)
     with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows([("path", "label", "group", "split"), *rows])

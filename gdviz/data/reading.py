@@ -129,9 +129,8 @@ def _frames_from(
 
 def _digest(frame: av.VideoFrame) -> int:
     plane = frame.planes[0]
-    lines = np.frombuffer(bytes(plane), np.uint8).reshape(
-        -1, abs(plane.line_size)
-    )  # negative: bottom-up
+    width = abs(plane.line_size)  # negative: bottom-up
+    lines = np.frombuffer(bytes(plane), np.uint8).reshape(-1, width)
     return zlib.crc32(lines[: frame.height : 2, : frame.width].tobytes())  # without padding
 
 
@@ -221,9 +220,8 @@ def _ends_early(path: Path | str) -> bool:
     """Return whether an AVI file is shorter than it says."""
     length, place = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        while (
-            file.seek(place) < length and file.read(4) == b"RIFF"
-        ):  # more than a gigabyte: several
+        # Of more than a gigabyte there are several.
+        while file.seek(place) < length and file.read(4) == b"RIFF":
             place += 8 + int.from_bytes(file.read(4), "little")
     return place > length
 

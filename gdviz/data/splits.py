@@ -15,12 +15,13 @@ from gdviz.data.listing import SPLITS, Video
 Counts = dict[str, Counter[str]]  # videos of each class, for each group
 
 
-def split_by_group(
-    videos: list[Video], name: str, *, share: float = 0.3, seed: int = 0
-) -> list[str]:
+SHARE = 0.3  # of the videos of each class, to test on
+
+
+def split_by_group(videos: list[Video], name: str, *, seed: int = 0) -> list[str]:
     """Return the part of each video: the one that is given, or drawn, class by class.
 
-    Whole groups are drawn at random until about ``share`` of each class is tested on, with at least
+    Whole groups are drawn at random until about ``SHARE`` of each class is tested on, with at least
     two videos to train on and one to test on. Unlabelled videos of groups that are tested on are in
     no part: "". Raise UserError for too few classes or videos, given parts that share a group or
     are not given to all labelled videos, and where there is no split by group.
@@ -34,7 +35,7 @@ def split_by_group(
     for video in videos:
         if video.label:
             counts[video.group][video.label] += 1
-    tested = _draw(counts, name, share, seed)
+    tested = _draw(counts, name, seed)
     parts = {True: ("test", ""), False: ("train", "unlabelled")}
     return [parts[video.group in tested][not video.label] for video in videos]
 
@@ -71,12 +72,12 @@ def _check_given(videos: list[Video], name: str) -> None:
             raise UserError(f"--data {name}: {problem}")
 
 
-def _draw(counts: Counts, name: str, share: float, seed: int) -> set[str]:
+def _draw(counts: Counts, name: str, seed: int) -> set[str]:
     """Return groups to test on: drawn one by one, or, where that fails, around a few found."""
     total: Counter[str] = Counter()
     for held in counts.values():
         total.update(held)
-    wanted = {label: max(1, round(share * count)) for label, count in total.items()}
+    wanted = {label: max(1, round(SHARE * count)) for label, count in total.items()}
     order = [str(group) for group in np.random.default_rng(seed).permutation(sorted(counts))]
     order.sort(key=lambda group: any(n > wanted[label] for label, n in counts[group].items()))
 

@@ -61,7 +61,7 @@ class VideoSet:
         cls,
         pixels: np.ndarray,
         labels: Sequence[int] | np.ndarray,
-        splits: Sequence[str],
+        splits: Sequence[str] | np.ndarray,
         *,
         groups: Sequence[str] | None = None,
         label_names: Sequence[str] | None = None,
@@ -83,7 +83,10 @@ class VideoSet:
         if numbers.ndim == 2 and not np.isin(numbers, (-1, 0, 1)).all():
             raise UserError("labels: several a video are 0 or 1 for each class")
         count = len(pixels)
-        groups = tuple(map(str, range(count) if groups is None else groups))
+        groups, splits = (
+            tuple(map(str, values))
+            for values in (range(count) if groups is None else groups, splits)
+        )
         for what, values in {"labels": numbers, "splits": splits, "groups": groups}.items():
             if len(values) != count:
                 raise UserError(f"{what}: {len(values)} for {count} videos")
@@ -171,7 +174,9 @@ def open_videos(
     paths = [video.path for video in videos]
     stats = [stat(path) for path in paths]
     _parts(videos, {i for i, (size, _) in enumerate(stats) if size < 0}, name, seed)
-    about = [(os.path.realpath(v.path), v.label, v.group, v.split) for v in videos]
+    about = [
+        (os.path.realpath(v.path), v.label, v.group, v.split, *(v.labels or ())) for v in videos
+    ]
     files = [(*row, *found) for row, found in zip(about, stats, strict=True)]
     paced = (view.fps, view.windows) if view.fps else ()
     stamp = fingerprint(files, view.size, view.frames, *paced, storage, VERSION)

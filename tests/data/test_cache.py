@@ -1,6 +1,7 @@
 """Caches of any kind give the frames of the plain one, are made again where they stood, and never
 of anything else."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,25 @@ def load(video_folder, tmp_path) -> Callable[..., VideoSet]:
 @pytest.fixture(autouse=True)
 def _shards_of_three(monkeypatch):
     monkeypatch.setattr(caches, "SHARD", 3)
+
+
+def test_a_set_of_more_shards_than_a_process_may_open_files_is_read(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(caches, "SHARD", 1)
+    cache = caches.Cache(tmp_path, "memmap", (300, 2, 1, 1, 3))
+    for n, (folder, _) in enumerate(cache.shards):
+        folder.mkdir()
+        caches.Memmap.write(folder, [np.full((2, 1, 1, 3), n % 256, np.uint8)], cache.shape[1:])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(tmp_path, os.O_RDONLY)  # the lowest number that is free
+    os.close(taken)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 200, hard))
+    try:
+        seen = [int(cache[n, slice(0, 1)][0, 0, 0, 0]) for n in range(300)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        caches._shard.cache_clear()
+    assert seen == [n % 256 for n in range(300)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

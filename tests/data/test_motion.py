@@ -2,13 +2,14 @@
 
 import errno
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import memory_set
+from conftest import REPO, memory_set
 from scipy.stats import kruskal
 from video_jobs import psnr
 
@@ -155,3 +156,9 @@ def test_domains_are_dealt_evenly_and_unnamed_motions_are_never_labelled(tmp_pat
     assert all(Counter(videos.audit["domain"])[name] == 32 for name in ("plain", "snow"))
     for i in videos.rows("test"):
         assert videos.label_names[videos.labels[i]] == videos.audit["motion"][i]
+
+
+def test_the_check_that_the_docs_give_reads_the_column_of_hashes(tmp_path):
+    (row, *_) = motion.read_index(motion.make_motion(tmp_path, SMALL))
+    column = re.search(r"print \$(\d+)", (REPO / "data/README.md").read_text())[1]
+    assert list(row)[int(column) - 1] == "sha256"

@@ -42,6 +42,8 @@ def test_ccv_has_videos_of_several_classes_and_of_none(official, tmp_path):
     several = Counter(len(video.labels) for video in found.videos)
     assert several == {0: 1996, 1: 6773, 2: 538, 3: 10}
     assert found.videos[0].labels == ("Basketball",)
+    with pytest.raises(UserError, match=r"--csv .*list\.csv: a list has one class a video"):
+        save_list(found.videos, tmp_path / "list.csv")
     with pytest.raises(UserError, match="--split 2: CCV has one"):
         read_official(tmp_path, lists=official / "splits" / "ccv", split=2)
 

@@ -14,9 +14,9 @@ from gdviz.config import MotionData, View
 from gdviz.core.files import UserError
 from gdviz.data import cache as caches
 from gdviz.data.clips import pick_frames
-from gdviz.data.listing import read_list
+from gdviz.data.listing import Video, read_list
 from gdviz.data.reading import DamagedVideo, read_square
-from gdviz.data.videos import VideoSet, load_motion, load_videos, some_of
+from gdviz.data.videos import VideoSet, load_motion, load_videos, open_videos, some_of
 
 VIEW = View(size=16, frames=6)
 
@@ -39,6 +39,8 @@ def test_arrays_become_a_set():
     rows = torch.tensor([4, 0])
     assert np.array_equal(found.batch(rows), PIXELS[[4, 0]])
     assert torch.equal(found.clips(rows, 2, 1), pick_frames(found.batch(rows), 2, 1))
+    arrays = (PIXELS, np.array(ARRAYS[1]), np.array(ARRAYS[2]))
+    assert VideoSet.from_arrays(*arrays).splits == found.splits
     same, other = VideoSet.from_arrays(*ARRAYS), VideoSet.from_arrays(PIXELS[::-1], *ARRAYS[1:])
     assert same.fingerprint == VideoSet.from_arrays(*ARRAYS).fingerprint != other.fingerprint
 
@@ -238,3 +240,18 @@ def test_some_of_many_rows_are_of_all_classes_and_always_the_same():
     assert counts.min() > 25 and counts.max() < 60
     assert torch.equal(some, some_of(rows, 500))
     assert some_of(rows, 1200) is rows
+
+
+def test_a_corrected_label_of_several_makes_another_set(video_folder, tmp_path):
+    files = sorted(video_folder(count=4).rglob("*.mp4"))
+    splits = ["train", "train", "train", "test"] * 2
+
+    def stamp(first: tuple[str, ...]) -> str:
+        named = [first, *[("a", "b")] * 7]
+        rows = zip(files, splits, named, strict=True)
+        videos = [Video(file, "", file.name, split, labels) for file, split, labels in rows]
+        view = View(size=8, frames=4, length=2)
+        return open_videos(videos, view, tmp_path / "cache", name="several").fingerprint
+
+    assert stamp(("a", "b")) == stamp(("a", "b"))
+    assert len({stamp(("a", "b")), stamp(("a",)), stamp(("b",))}) == 3
