@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import traceback
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+
+from gdviz.core.files import in_a_line
 
 PATIENCE_S = 20.0  # for children that were asked to end: a training saves first
 _STARTING = Lock()  # multiprocessing keeps one list of children for all threads
@@ -78,6 +81,16 @@ def _die_with(parent: Any) -> None:
     os._exit(1)
 
 
+def _sendable(error: Exception) -> Exception:
+    """Return an error that survives a pipe, with its traceback as a note."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # one that takes other arguments than it holds
+        error = RuntimeError(in_a_line(error))
+    error.add_note(traceback.format_exc())  # a traceback itself cannot be sent
+    return error
+
+
 def _serve(pipe: Connection, work: Work) -> None:
     """Answer jobs with (error, result) until the other end closes; the first answer is for none."""
     # A killed parent cannot stop its children; they would work on, beside its successor's.
@@ -94,8 +107,7 @@ def _serve(pipe: Connection, work: Work) -> None:
             try:
                 answer = None, work(*job)
             except Exception as error:
-                error.add_note(traceback.format_exc())  # a traceback itself cannot be sent
-                answer = error, None
+                answer = _sendable(error), None
 
 
 class _Child:

@@ -76,3 +76,14 @@ if __name__ == "__main__":  # a program that is stopped while it trains
     except KeyboardInterrupt as error:
         assert threading.active_count() < 10
         sys.exit(100 + getattr(error, "signum", signal.SIGINT))
+
+
+class Odd(Exception):
+    """Takes other arguments than it holds, so that no pipe can carry it."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def odd(i: int) -> None:
+    raise Odd("a bug", "a file of the user's")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_jobs import Deadly, note, refuse, state, work
+from small_jobs import Deadly, note, odd, refuse, state, work
 
 from gdviz.core.files import UserError
 from gdviz.core.processes import Lost, WorkerDied, over_processes, stops_noted
@@ -43,6 +43,12 @@ def test_the_first_error_is_raised_when_what_runs_has_ended(tmp_path, timeout):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["began-0", "began-1", "ended-1"]
     assert "small_jobs.py" in caught.value.__notes__[0]
     assert_nothing_is_left()
+
+
+def test_an_error_that_no_pipe_can_carry_is_told_in_its_words():
+    with pytest.raises(RuntimeError, match=r"Odd: a bug in a file of the user's") as caught:
+        over_processes(odd, [(1,), (2,)], 2, title=None)
+    assert "small_jobs.py" in caught.value.__notes__[0]
 
 
 def test_one_worker_is_this_process(tmp_path):
