@@ -340,14 +340,16 @@ class Bank:
     def with_impostors(self) -> Bank:
         """Return the bank with a constant teacher and a liar, who shifts the last one's classes."""
         last, names = self.readouts[-1], ("logits", "features", "held")
-        own = self.logits[:, -1:]
         lies = [part | {"logits": part["logits"].roll(1, -1)} for part in last.parts]
         flat = [part | {n: torch.zeros_like(part[n]) for n in names} for part in last.parts]
+        more, every = (Readout(flat), replace(last, parts=lies)), torch.arange(len(self.fold))
+        said = _logits(more, every, None, self.cases_each > 1)
+        names = (*self.teachers, "constant", "liar")
         return replace(
             self,
-            teachers=(*self.teachers, "constant", "liar"),
-            readouts=(*self.readouts, Readout(flat), replace(last, parts=lies)),
-            logits=torch.cat([self.logits, 0 * own, own.roll(1, -1)], 1),
+            teachers=names,
+            readouts=(*self.readouts, *more),
+            logits=torch.cat([self.logits, said], 1),
         )
 
     def best_teacher(self) -> int:
@@ -376,4 +378,6 @@ def gather(readouts: dict[str, Readout], videos: VideoSet) -> Bank:
     labels = torch.full_like(videos.labels, -1)
     labels[videos.rows("train")] = videos.labels[videos.rows("train")]
     logits = _logits(each, every, None, labels.ndim > 1)
-    return Bank(tuple(readouts), each, logits, labels.flatten(), each[0].fold)
+    # Those with homes of their own have one fold; the others were dealt the same ones.
+    fold = max((readout.fold for readout in each), key=lambda fold: int(fold.max()))
+    return Bank(tuple(readouts), each, logits, labels.flatten(), fold)

@@ -162,7 +162,9 @@ def _fit_at_home(
     model = fit(backbone, home, own, view, cfg.fit, seed=seed, checkpoint=checkpoint)
     fold = torch.full((len(videos.splits),), -1).index_fill(0, videos.rows("train"), 0)
     readout = read_out([model, model], fold, videos, view, folder and folder / "bank")
-    known = predict(model, home, home.rows("unlabelled"), view)[1].mean(1)
+    if len(unlabelled := home.rows("unlabelled")) < 2:  # nothing tells then what is foreign
+        return model, readout
+    known = predict(model, home, unlabelled, view)[1].mean(1)
     if folder and distributed.first():
         save_tensors(folder / "bank" / "home.safetensors", {"features": known})
     return model, replace(readout, home=known)

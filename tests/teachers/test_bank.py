@@ -162,6 +162,17 @@ def test_logits_of_a_bank_are_calibrated_and_the_control_is_dealt_alike(videos, 
         assert torch.equal(shuffled.features_at(rows, clips)[0], told)
 
 
+def test_folds_of_a_bank_are_those_of_teachers_without_a_home_of_their_own(
+    videos, fold, monkeypatch
+):
+    monkeypatch.setattr(banks, "PART", 4096)
+    z, h = torch.randn(10, 3), torch.randn(10, 5)
+    at_home = Readout.from_means(z, h, fold.clamp(max=0))
+    dealt = Readout.from_means(z, h, fold)
+    for order in ({"a@plain": at_home, "b": dealt}, {"b": dealt, "a@plain": at_home}):
+        assert torch.equal(gather(order, videos).fold, fold)
+
+
 def test_the_best_teacher_is_told_by_labelled_clips_alone(videos, monkeypatch):
     monkeypatch.setattr(banks, "PART", 4096)
     right = torch.eye(3)[torch.arange(10) % 3]

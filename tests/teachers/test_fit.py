@@ -86,3 +86,6 @@ def test_a_teacher_with_a_home_is_fitted_there_alone_and_asked_of_all(monkeypatc
     train = videos.rows("train")
     assert (readout.fold[train] == 0).all() and len(readout.fold) == len(videos.splits)
     assert torch.equal(readout.at("held", train), readout.at("features", train))
+    hidden = memory_set(pixels[8:], labels, ["train"] * 7 + ["test"])  # nothing without a label
+    _, readout = fit_teacher(backbone, videos, TINY.teachers, view, seed=0, home=hidden)
+    assert readout.home is None
