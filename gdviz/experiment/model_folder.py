@@ -39,7 +39,7 @@ Distilled by gdviz, method `{method}`, from {teachers}.
 | speed when trained | {latency:.2f} ms a clip, one thread, PyTorch, on the machine of the run |
 
 Confidences are calibrated by one temperature, {temperature:.2f}, fitted on the test videos: it
-changes no answer. A video is seen as {frames} frames spread evenly over it, whatever its length.
+changes no answer. A video is seen as {frames} frames {spread}.
 
 Limits: it knows the classes of `labels.json` and always names one of them. It was tested on videos
 like those that it was trained on, and nothing is known of others. What the data's licence says of
@@ -125,7 +125,9 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
         about |= {"temperature": temperature, "several": several}
         save_json(part / "preprocessing.json", about)
         save_json(part / "labels.json", videos.label_names)
-        card = about | {"int8": int8, "convolutions": convolutions}
+        spread = f"of each {view.frames / (view.fps or 1):.1f} s, {view.fps:g} a second"
+        spread = spread if view.fps else "spread evenly over it, whatever its length"
+        card = about | {"int8": int8, "convolutions": convolutions, "spread": spread}
         card |= _check(part, classifier, videos, run)
         card |= _facts(run, row, videos, accuracy(logits, videos.labels[test]))
         (part / "README.md").write_text(CARD.format(**card), encoding="utf-8")

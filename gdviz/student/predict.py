@@ -65,9 +65,11 @@ class Stretch:
         if len(self.frames) > HELD:
             self.frames, self.step = self.frames[::2], 2 * self.step
 
-    def spread(self, count: int) -> np.ndarray:
-        """Return ``count`` frames spread evenly over the stretch, [count, s, s, 3]."""
-        wanted = np.linspace(0, self.seen - 1, count).round() / self.step
+    def spread(self, count: int, reach: float = 1.0) -> np.ndarray:
+        """Return ``count`` frames [count, s, s, 3] spread evenly over the stretch, or over
+        ``reach`` times its length: its last frame is then held."""
+        last = self.seen - 1
+        wanted = np.linspace(0, reach * last, count).clip(max=last).round() / self.step
         return np.stack(self.frames)[wanted.round().astype(int).clip(max=len(self.frames) - 1)]
 
 
@@ -148,7 +150,9 @@ def cut(
             done = running.pop(0)
             yield done, done.start + window
         if reel.count == 1 or (every and now >= begun + every):
-            begun = now if reel.count == 1 or not every else begun + every
+            # A gap in the time stamps may be longer than a stretch.
+            steps = max(1, (now - begun) // every) if every else 0
+            begun = now if reel.count == 1 or not every else begun + every * steps
             running.append(Stretch(begun))
         pixels = None
         if any(stretch.wants() for stretch in running):
@@ -198,7 +202,9 @@ class Student:
         return likely / likely.sum()
 
     def _prediction(self, path: str, stretch: Stretch, end: float, warning: str) -> Prediction:
-        p = self.probabilities(stretch.spread(self.about["frames"]))
+        frames, fps = self.about["frames"], self.about["fps"]
+        reach = max(1.0, frames / fps / (end - stretch.start)) if fps else 1.0
+        p = self.probabilities(stretch.spread(frames, reach))
         best = np.argsort(-p)[:5]
         top = [(self.labels[i], round(float(p[i]), 4)) for i in best]
         return Prediction(path, round(stretch.start, 3), round(end, 3), top, warning)
@@ -239,9 +245,7 @@ class Student:
         return list(self.stream(source, **options))
 
 
-def load_student(folder: Path | str, **options: Any) -> Student:
-    """Open a folder that ``gdviz export`` wrote; raise CannotLabel if it is none."""
-    return Student(folder, **options)
+load_student = Student
 
 
 def find(words: list[str]) -> Iterator[str]:

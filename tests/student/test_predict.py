@@ -68,6 +68,39 @@ def test_a_long_stretch_is_held_in_bounded_memory_and_spread_evenly():
     assert (short.spread(7)[:, 0, 0, 0] == np.linspace(0, 99, 7).round()).all()
 
 
+def test_of_a_short_stretch_the_last_frame_is_held_where_training_keeps_a_frame_rate(
+    exported, finished, video
+):
+    student, view, seen = predict.load_student(exported), finished.profile.view, []
+    student.about["fps"] = 4.0  # twelve frames are three seconds of it
+    ask = student.probabilities
+    student.probabilities = lambda x: (seen.append(x), ask(x))[1]
+    path = video(frames=18)  # 1.5 s
+    (found,) = student.predict(path)
+    assert (found.start, found.end) == (0, 1.5)
+    frames, _ = read_square(path, view.frames, view.size, fps=4.0)
+    apart = np.abs(seen[0].astype(float) - frames.numpy())
+    assert (apart.mean((1, 2, 3)) > 2).sum() <= 2  # a frame early or late
+    assert (seen[0][6:] == seen[0][-1]).all() and (seen[0][0] != seen[0][3]).any()
+
+
+def test_after_a_gap_in_the_time_stamps_stretches_go_on_as_before():
+    times = [*np.arange(0, 10, 0.5), *np.arange(1000, 1010, 0.5)]
+    frame = av.VideoFrame.from_ndarray(np.zeros((8, 8, 3), np.uint8), "rgb24")
+
+    class Numbered(predict.Reel):
+        def __init__(self):
+            self.count, self.end = 0, 0.0
+
+        def __iter__(self):
+            for now in times:
+                self.count, self.end = self.count + 1, now + 0.5
+                yield now, frame
+
+    found = [(s.start, s.seen) for s, _ in predict.cut(Numbered(), 8, 5.0, 5.0)]
+    assert found == [(0, 10), (5, 10), (1000, 10), (1005, 10)]
+
+
 def test_windows_slide_over_a_video(exported, video):
     student = predict.load_student(exported)
     path = video(frames=60)  # five seconds
