@@ -16,6 +16,7 @@ from gdviz.core import distributed
 from gdviz.core.files import UserError
 from gdviz.data.motion import DOMAINS
 from gdviz.data.videos import VideoSet
+from gdviz.experiment.metrics import SHOTS
 from gdviz.student.family import build_student
 from gdviz.student.methods import find_method
 from gdviz.teachers.backbones import build_backbone
@@ -44,6 +45,10 @@ def check_profile(profile: Profile) -> None:
     if not profile.motion.domains or set(profile.motion.domains) - set(DOMAINS):
         given = " ".join(profile.motion.domains) or "none"
         raise UserError(f"--motion.domains {given}: choose from {', '.join(DOMAINS)}")
+    motion = profile.motion
+    if motion.unnamed and (motion.unnamed < 2 or motion.test <= SHOTS):
+        needs = f"two motions or more, and --motion.test of more than {SHOTS}"
+        raise UserError(f"--motion.unnamed {motion.unnamed}: needs {needs}")
     for name in profile.methods:
         with _naming("--methods"):
             find_method(name, tasks)

@@ -27,10 +27,20 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from gdviz.config import Profile
 from gdviz.core.cluster import Cluster
-from gdviz.core.files import UserError, atomic, fingerprint, from_plain, load_json, plain, save_json
+from gdviz.core.files import (
+    UserError,
+    atomic,
+    fingerprint,
+    from_plain,
+    load_json,
+    load_tensors,
+    plain,
+    save_json,
+)
 from gdviz.core.loop import Bookkeeping
 from gdviz.core.names import folder_name, split_home
 from gdviz.data.motion import DOMAINS
@@ -125,13 +135,24 @@ class Run:
         """Open both graphs of a seed, with learned edges or those of a control."""
         return open_graphs(self.graphs_folder(seed, edges) / "graphs.safetensors")
 
+    def outputs(self, seed: int, method: str) -> dict[str, Tensor]:
+        """Return the logits and features that a finished student has for every video."""
+        file = self.student_folder(seed, method) / "outputs.safetensors"
+        return {name: x.float() for name, x in load_tensors(file).items()}
+
     def results(self) -> pd.DataFrame:
-        """Return one row a finished teacher or student, in the order of the profile."""
+        """Return one row a finished teacher or student, in the order of the profile.
+
+        Raise UserError where there is none.
+        """
         folders = []
         for seed in self.profile.seeds:
             folders += [self.teacher_folder(seed, task) for task in self.profile.teachers.tasks]
             folders += [self.student_folder(seed, method) for method in self.profile.methods]
-        return pd.DataFrame([load_json(f / "result.json") for f in folders if is_done(f)])
+        rows = [load_json(folder / "result.json") for folder in folders if is_done(folder)]
+        if not rows:
+            raise UserError(f"{self.folder}: holds nothing finished yet; start it again to go on")
+        return pd.DataFrame(rows)
 
 
 def is_done(folder: Path, *files: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,18 @@ def _plan(words: dict[str, Any], file: Path) -> Plan:
     draws, contrasts = words.get("draws"), words.get("contrasts", ())
     if not (isinstance(draws, list) and draws and all(isinstance(d, int) for d in draws)):
         raise UserError(f"{file}: draws: give numbers, one for each time that all is drawn anew")
+    if len(set(draws)) < len(draws):
+        raise UserError(f"{file}: draws: each once")
+    measures = words.get("measures", ["accuracy"])
+    if not (isinstance(measures, list) and measures and all(isinstance(m, str) for m in measures)):
+        raise UserError(f'{file}: measures: give columns of the results, as ["accuracy"]')
     first, *others = settings.items()
     students = {*first[1].methods, *(f"{s}/{m}" for s, p in others for m in p.methods)}
     if unknown := {name for pair in contrasts for name in pair} - students:
         raise UserError(f"{file}: contrasts: {min(unknown)!r} is no student of this plan")
-    data = file.parent / words["data"] if "data" in words else None
-    measures = tuple(words.get("measures", ("accuracy",)))
+    data = (file.parent / words["data"]).resolve() if "data" in words else None
     pairs, videos = tuple((a, b) for a, b in contrasts), words.get("videos", {})
-    return Plan(tuple(draws), settings, pairs, measures, data, videos)
+    return Plan(tuple(draws), settings, pairs, tuple(measures), data, videos)
 
 
 def _teachers_of(run: Run) -> str:
@@ -135,9 +140,7 @@ def _adopt(run: Run, earlier: list[Run]) -> None:
 
 def _one(run: Run, earlier: list[Run]) -> None:
     """Do one run, in this process."""
-    steps.begin(run, 1)  # before anything lies in its folder
-    _adopt(run, earlier)
-    steps.execute(run, workers=1)
+    steps.execute(run, workers=1, begun=partial(_adopt, run, earlier))
 
 
 def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -> pd.DataFrame:
@@ -147,16 +150,19 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
     a student, with the setting, the draw and its network; ``edges.csv`` one row a setting, draw and
     kind of edges: how often their mixture is right on unlabelled clips, and the weight at home.
     """
-    save_json(out / "plan.json", {"contrasts": plan.contrasts, "measures": plan.measures})
     settings = plan.runs(out, cache, device)
-    for name, runs, earlier in zip(plan.settings, settings, _before(settings), strict=True):
-        jobs = list(zip(runs, earlier, strict=True))
+    for n, (name, runs) in enumerate(zip(plan.settings, settings, strict=True)):
+        for run in runs:
+            if run.data:  # decoded once, by all workers, before draws that may share it begin
+                run.videos(workers)
+        jobs = [(run, [made[i] for made in settings[:n]]) for i, run in enumerate(runs)]
         over_processes(_one, jobs, workers, title=name, unit="draw")
-    tables = [
-        _results(run).assign(setting=name, draw=draw)
+    done = [
+        (name, draw, run)
         for name, runs in zip(plan.settings, settings, strict=True)
         for draw, run in zip(plan.draws, runs, strict=True)
     ]
+    tables = [_results(run).assign(setting=name, draw=draw) for name, draw, run in done]
     results = pd.concat(tables, ignore_index=True)
     save_results(out / "results.csv", results)
     if find_spec("pyarrow"):
@@ -164,12 +170,12 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
             results.to_parquet(temporary, index=False)
     edges = [
         {"setting": name, "draw": draw, "edges": folder.name} | load_json(folder / "result.json")
-        for name, runs in zip(plan.settings, settings, strict=True)
-        for draw, run in zip(plan.draws, runs, strict=True)
+        for name, draw, run in done
         for folder in sorted(run.folder.glob("seed*/graphs*"))
     ]
     columns = ["setting", "draw", "edges", "target", "at_home"]
     save_results(out / "edges.csv", pd.DataFrame(edges).reindex(columns=columns))
+    save_json(out / "plan.json", {"contrasts": plan.contrasts, "measures": plan.measures})
     return results
 
 
@@ -178,11 +184,3 @@ def _results(run: Run) -> pd.DataFrame:
     networks = {"teacher": run.profile.teachers.backbone}
     networks["student"] = run.profile.distillation.student
     return run.results().assign(network=lambda table: table["kind"].map(networks))
-
-
-def _before(settings: list[list[Run]]) -> list[list[list[Run]]]:
-    """Return, for each run, those of the same draw in earlier settings."""
-    return [
-        [[earlier[i] for earlier in settings[:n]] for i in range(len(runs))]
-        for n, runs in enumerate(settings)
-    ]

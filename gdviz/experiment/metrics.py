@@ -26,6 +26,7 @@ from gdviz.data.clips import to_float
 from gdviz.data.videos import VideoSet
 
 AT_ONCE = 16  # videos that are held as floats
+SHOTS = 5  # rows a class that a few-shot probe learns from
 FRAMES = 2**15  # single frames that a baseline learns from, at most; but one of each video
 
 
@@ -141,7 +142,7 @@ def audit(
         rows = [i for i in test.tolist() if domains[i] == domain]
         found[f"accuracy: {domain}"] = accuracy(logits[rows], videos.labels[rows])
     probe = videos.rows("probe")
-    if len(probe):
+    if len(probe) and "motion" in videos.audit:  # not of somebody's own list
         motions = [videos.audit["motion"][i] for i in probe]
         codes = torch.tensor([sorted(set(motions)).index(m) for m in motions])
         x = features[probe]
@@ -152,16 +153,13 @@ def audit(
     return found
 
 
-def few_shot(
-    features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], shots: int = 5, episodes: int = 30
-) -> float:
-    """Return the accuracy of logistic regression (C = .1) on ``shots`` rows a class, others tested.
+def few_shot(features: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> float:
+    """Return the accuracy of logistic regression (C = .1) on five rows a class, others tested.
 
-    Features are standardised. Mean over episodes drawn by a fixed seed.
+    Features are standardised. Mean over 30 episodes drawn by a fixed seed.
     """
-    splitter = StratifiedShuffleSplit(
-        episodes, train_size=shots * len(labels.unique()), random_state=0
-    )
+    size = SHOTS * len(labels.unique())
+    splitter = StratifiedShuffleSplit(30, train_size=size, random_state=0)
     x = StandardScaler().fit_transform(features)
     probe = LogisticRegression(C=0.1, max_iter=1000)
     return float(cross_val_score(probe, x, labels.numpy(), cv=splitter).mean())

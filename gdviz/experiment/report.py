@@ -34,9 +34,16 @@ def open_results(folder: Path) -> tuple[pd.DataFrame, list[tuple[str, str]], lis
     for name in ("results.csv", "plan.json"):
         if not (folder / name).exists():
             raise UserError(f"{folder}: holds no finished experiment (no {name})")
-    plan = load_json(folder / "plan.json")
-    contrasts = [(better, than) for better, than in plan["contrasts"]]
-    return pd.read_csv(folder / "results.csv"), contrasts, plan["measures"]
+    plan, results = load_json(folder / "plan.json"), _read(folder / "results.csv")
+    if unknown := set(plan["measures"]) - set(results.select_dtypes("number")):
+        numbers = ", ".join(results.select_dtypes("number"))
+        problem = f"{min(unknown)!r} is no measure of its results; they hold {numbers}"
+        raise UserError(f"{folder}: {problem}: mend the plan and run it again")
+    return results, [(better, than) for better, than in plan["contrasts"]], plan["measures"]
+
+
+def _read(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, dtype={"setting": str})  # which may look like a number
 
 
 def tradeoff(folder: Path) -> pd.DataFrame:
@@ -130,7 +137,7 @@ def report(folder: Path) -> str:
         domains = _by_domain(results, columns)
         text += ["## By domain, %, mean over draws", "", markdown(domains, ""), ""]
     if (folder / "edges.csv").exists():
-        edges = pd.read_csv(folder / "edges.csv").dropna(subset=["target"])
+        edges = _read(folder / "edges.csv").dropna(subset=["target"])
         if len(edges):
             kept: Any = edges.groupby(["setting", "edges"], sort=False)[
                 ["target", "at_home"]

@@ -9,12 +9,12 @@ import pandas as pd
 from scipy.stats import bootstrap, permutation_test, trim_mean
 
 
-def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Return the BCa bootstrap interval of the mean (Efron 1987); NaN for fewer than 3 values."""
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % BCa interval of the mean (bootstrap, Efron 1987); NaN for under 3 values."""
     x = np.asarray(values, dtype=float)
     if len(x) < 3 or np.ptp(x) == 0:
         return (np.nan, np.nan) if len(x) < 3 else (x[0], x[0])
-    found = bootstrap((x,), np.mean, confidence_level=level, method="BCa", rng=0)
+    found = bootstrap((x,), np.mean, method="BCa", rng=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 

@@ -33,7 +33,7 @@ from gdviz.experiment.metrics import (
 from gdviz.student.distill import distill
 from gdviz.student.edges import Graphs, build_graphs, fixed_edges, learn_edges, save_graphs
 from gdviz.student.family import build_student
-from gdviz.student.methods import find_method
+from gdviz.student.methods import Method, find_method
 from gdviz.teachers.bank import as_cases, is_read_out, predict
 from gdviz.teachers.fit import build_teacher, fit_teacher, pretrain
 from gdviz.teachers.own import OwnBackbone, find_source
@@ -121,11 +121,16 @@ def learn_graphs(run: Run, seed: int, edges: str) -> None:
     save_json(folder / "result.json", row)
 
 
+def _edges_of(method: type[Method]) -> str:
+    """Return the edges that a method is taught under; of shuffled teachers they are their own."""
+    return "shuffled" if method.shuffled else method.edges
+
+
 def train_student(run: Run, seed: int, name: str, bar: bool = False) -> None:
     """Train and test one student."""
     folder, videos, cfg = run.student_folder(seed, name), _videos(run), run.profile.distillation
     method, view = find_method(name, run.profile.teachers.tasks), run.profile.view
-    bank, graphs = run.bank(seed, videos, method.shuffled), run.graphs(seed, method.edges)
+    bank, graphs = run.bank(seed, videos, method.shuffled), run.graphs(seed, _edges_of(method))
     keep = run.keep(folder / "student.ckpt", f"{name}, seed {seed}" if bar else None)
     student, history = distill(
         name, bank, graphs, videos, view, cfg, seed=seed, device=run.where, keep=keep
@@ -186,8 +191,10 @@ def begin(run: Run, workers: Workers) -> VideoSet:
     return videos
 
 
-def execute(run: Run, *, workers: Workers) -> pd.DataFrame:
-    """Do what is left of a run; return its results.
+def execute(
+    run: Run, *, workers: Workers, begun: Callable[[], None] = lambda: None
+) -> pd.DataFrame:
+    """Do what is left of a run; return its results. ``begun`` is called when it has its folder.
 
     Workers (processes, or a cluster) share whole trainings; processes that ``torchrun`` started
     do one training after another together. Raise UserError for settings, a folder or videos that
@@ -196,10 +203,11 @@ def execute(run: Run, *, workers: Workers) -> pd.DataFrame:
     check_profile(run.profile)
     torch.set_flush_denormal(True)  # as workers do: unlikely classes have denormal potentials
     videos = begin(run, workers) if distributed.first() else None
+    begun()
     workers = workers if distributed.world() == 1 else 1
     bar = workers == 1  # a bar of epochs below the bar of jobs
     tasks, methods = run.profile.teachers.tasks, run.profile.methods
-    kinds = sorted({"learned", *(find_method(name, tasks).edges for name in methods)})
+    kinds = sorted({"learned", *(_edges_of(find_method(name, tasks)) for name in methods)})
     steps: list[tuple[str, Callable[..., None], Callable[..., Path], Sequence[str]]] = [
         ("teachers", partial(train_teacher, run, bar=bar), run.teacher_folder, tasks),
         ("graphs", partial(learn_graphs, run), run.graphs_folder, kinds),

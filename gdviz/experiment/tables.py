@@ -16,8 +16,6 @@ from gdviz.experiment.folder import Run
 from gdviz.teachers.bank import calibration_temperature, open_readout, predict
 from gdviz.teachers.fit import build_teacher
 
-OUTPUTS = "outputs.safetensors"  # in a student's folder
-
 
 def spread(values: Any) -> str:
     """Return "mean ± standard deviation" of shares, in percent."""
@@ -136,8 +134,7 @@ def _evaluation_of_several(run: Run, videos: VideoSet) -> str:
         for title, column in (("top-1", "accuracy"), ("mAP", "mAP"))
     }
     for method in run.profile.methods:
-        files = (run.student_folder(seed, method) / OUTPUTS for seed in run.profile.seeds)
-        logits = [load_tensors(file)["logits"][test] for file in files]
+        logits = [run.outputs(seed, method)["logits"][test] for seed in run.profile.seeds]
         each = [metrics.average_precision(z, videos.labels[test]) for z in logits]
         by_class[method] = 100 * torch.stack(each).mean(0).numpy()
     classes = pd.DataFrame(by_class, index=list(videos.label_names))
@@ -165,7 +162,7 @@ def evaluation(run: Run) -> str:
         for task in run.profile.teachers.tasks:
             rows.append({"name": f"teacher: {task}"} | _teacher(run, videos, seed, task))
         for method in run.profile.methods:
-            outputs = load_tensors(run.student_folder(seed, method) / OUTPUTS)
+            outputs = run.outputs(seed, method)
             logits, features = outputs["logits"], outputs["features"]
             measured = _measures(videos, logits, _scaled(logits[test], truth), features)
             rows.append({"name": f"student: {method}"} | measured)

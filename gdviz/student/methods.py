@@ -76,7 +76,7 @@ class Method(nn.Module):
     marker: ClassVar[str] = "o"
     unlabelled: ClassVar[bool] = True  # False: every clip of a step is a labelled one
     headline: ClassVar[bool] = False  # True: tables compare all others with it
-    edges: ClassVar[str] = "learned"  # or those of a control: shuffled, uniform, truth
+    edges: ClassVar[str] = "learned"  # or uniform, or truth
     shuffled: ClassVar[bool] = False  # True: learns from teachers dealt to wrong clips; must lose
     terms: ClassVar[tuple[str, ...]] = ()  # names of its losses
     ramped: ClassVar[tuple[str, ...]] = ()  # those that come in over the first fifth
@@ -129,10 +129,8 @@ class ThroughLogitsGraph(Method):
         self.logits_graph = copy.deepcopy(setting.graphs.logits)
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
-        probs, at = (
-            self.softened(batch, bank, edges.temperatures[moment]),
-            (moment, bank.cases(batch.rows)),
-        )
+        probs = self.softened(batch, bank, edges.temperatures[moment])
+        at = moment, bank.cases(batch.rows)
         weights, consensus = batch.to(edges.teachers[at]), batch.to(edges.consensus[at])
         return {"logits": self.logits_graph.loss(batch.logits, probs, weights, consensus)}
 
@@ -173,7 +171,7 @@ class Shuffled(ThroughBothGraphs):
     """The control: both graphs, with what the teachers say dealt to wrong clips."""
 
     label, colour, marker, headline = "shuffled teachers (control)", 4, "X", False
-    edges, shuffled = "shuffled", True
+    shuffled = True
 
 
 class UniformEdges(ThroughBothGraphs):

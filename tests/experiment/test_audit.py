@@ -45,6 +45,11 @@ def test_accuracy_is_told_by_domain(videos):
     assert accuracy(logits[4:], videos.labels[4:]) == 0.5
 
 
+def test_of_a_list_with_videos_to_probe_no_motion_is_known(videos):
+    listed = replace(videos, splits=(*SPLITS[:4], "probe", "probe"), audit={})
+    assert audit(listed, torch.zeros(6, 2), torch.zeros(6, 3)) == {}
+
+
 def test_unnamed_motions_are_found_by_their_neighbours():
     rng = torch.Generator().manual_seed(0)
     which = torch.arange(40) % 2

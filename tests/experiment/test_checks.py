@@ -53,6 +53,8 @@ BAD = {
     ),
     "labelled": (vary("distillation", labelled_batch=0), "--distillation.labelled-batch 0"),
     "heat": (vary("distillation", temperature=0.0), "--distillation.temperature 0.0: needs more"),
+    "one motion": (vary("motion", unnamed=1, test=9), "--motion.unnamed 1: needs two motions"),
+    "few shots": (vary("motion", unnamed=2, test=5), "--motion.unnamed 2: needs two motions"),
     "no number": (vary("distillation", beta=float("nan")), "--distillation.beta nan"),
 }
 
@@ -90,3 +92,8 @@ def test_every_number_has_a_range():
                 assert any(isinstance(a, Range) for a in getattr(inner, "__metadata__", ())), name
 
     visit(Profile)
+
+
+def test_a_run_of_which_nothing_is_finished_says_so(tmp_path):
+    with pytest.raises(UserError, match="holds nothing finished yet"):
+        Run(TINY, tmp_path).results()

@@ -68,6 +68,8 @@ def test_a_plan_changes_its_profile_by_flags(plan):
         ("draws = [", "plan.toml"),
         ('draws = [1]\ncontrasts = [["labels", "kd-unifrom"]]', "kd-unifrom"),
         ('draws = [1]\n[settings.a]\n"motion.domains" = ["fog"]', "--motion.domains fog"),
+        ("draws = [1, 2, 1]", "draws: each once"),
+        ('draws = [1]\nmeasures = "accuracy"', "measures: give columns"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_by_name(plan, line, said):
@@ -101,6 +103,21 @@ def test_all_is_run_and_told_in_one_table(made):
     # Two of four looks have a teacher at home; the others' weight is half right by definition.
     assert at_home["graphs-truth"] == pytest.approx((0.99 + 0.5) / 2, abs=0.01)
     assert 0 < at_home["graphs"] < at_home["graphs-truth"] and len(edges) == 4
+
+
+def test_videos_of_one_s_own_are_decoded_before_draws_begin(made, tmp_path, monkeypatch):
+    done = []
+
+    def begin(*_, **__):
+        done.append("runs")
+        raise StopIteration
+
+    monkeypatch.setattr(grid.Run, "videos", lambda run, workers: done.append(str(run.data)))
+    monkeypatch.setattr(grid, "over_processes", begin)
+    plan = replace(made[1], data=tmp_path / "list_{draw}.csv", draws=(1, 2))
+    with pytest.raises(StopIteration):
+        grid.execute(plan, tmp_path / "out", tmp_path / "data", "cpu", 2)
+    assert done == [*(str(tmp_path / f"list_{draw}.csv") for draw in (1, 2)), "runs"]
 
 
 def test_teachers_of_an_earlier_setting_are_taken_from_there(made):
@@ -154,6 +171,30 @@ def test_the_report_names_students_and_contrasts(made):
     assert (folder / "out" / "tables.tex").read_text().count(r"\toprule") == 2
     with pytest.raises(UserError, match="no finished experiment"):
         report(folder)
+
+
+def test_a_plan_that_is_refused_late_leaves_the_report(made, plan):
+    folder, read, _ = made
+    before = (folder / "out" / "plan.json").read_text()
+    main = replace(read.settings["main"], methods=("labels",))
+    other = replace(read, settings={"main": main}, contrasts=(("labels", "labels"),))
+    with pytest.raises(UserError, match="another configuration"):
+        grid.execute(other, folder / "out", folder / "data", "cpu", 1)
+    assert (folder / "out" / "plan.json").read_text() == before
+
+
+def test_a_report_names_measures_that_are_none_and_settings_that_are_numbers(made, tmp_path):
+    folder, _, results = made
+    numbered = results.assign(setting=results["setting"].map({"main": "4", "fewer": "16"}))
+    numbered.to_csv(tmp_path / "results.csv", index=False)
+    edges = pd.read_csv(folder / "out" / "edges.csv").assign(setting="16", target=0.5)
+    edges.to_csv(tmp_path / "edges.csv", index=False)
+    told = {"contrasts": [["both-graphs", "16/both-graphs"]], "measures": ["accuracy"]}
+    save_json(tmp_path / "plan.json", told)
+    assert "16/both-graphs" in report(tmp_path)
+    save_json(tmp_path / "plan.json", told | {"measures": ["acuracy"]})
+    with pytest.raises(UserError, match=r"'acuracy' is no measure.*accuracy"):
+        report(tmp_path)
 
 
 def test_a_tradeoff_joins_accuracies_and_costs(tmp_path):

@@ -26,6 +26,7 @@ from gdviz.data.videos import VideoSet
 from gdviz.experiment import steps
 from gdviz.experiment.folder import Run, claim_folder, open_run
 from gdviz.experiment.steps import execute
+from gdviz.student.methods import ThroughBothGraphs
 
 
 def another(run: Run, folder: Path, **changes) -> Run:
@@ -50,6 +51,23 @@ def test_what_a_finished_run_holds(finished):
     ]
     for a, b in itertools.combinations(students, 2):
         assert not torch.equal(a["fc.weight"], b["fc.weight"])
+
+
+def test_a_control_of_one_s_own_is_taught_nothing_of_the_right_clips(finished, monkeypatch):
+    class Mine(ThroughBothGraphs):
+        shuffled = True
+
+    asked = []
+
+    def stop(run, seed, edges="learned"):
+        asked.append(edges)
+        raise StopIteration
+
+    monkeypatch.setattr(Run, "graphs", stop)
+    monkeypatch.setattr(steps, "find_method", lambda *_: Mine)
+    with pytest.raises(StopIteration):
+        steps.train_student(finished, 0, "mine")
+    assert asked == ["shuffled"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(finished, tmp_path):
