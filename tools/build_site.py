@@ -160,7 +160,7 @@ class Site:
 
 def still(notebook: NotebookNode) -> NotebookNode:
     """Return it without what needs a kernel; pictures are named after the heading above them."""
-    notebook, heading = nbformat.from_dict(json.loads(json.dumps(notebook))), ""
+    notebook, heading = nbformat.from_dict(notebook), ""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type != "code":

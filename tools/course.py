@@ -17,7 +17,8 @@ import nbformat
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n(.*?)</details>\n*", re.DOTALL)
-EXERCISE = re.compile(r"^\*\*(\d · .+?)\*\* \((easy|medium|hard), (\d+) minutes\)\.? ?(.*)", re.M)
+HEAD = r"^\*\*(\d · .+?)\*\* \((easy|medium|hard), (\d+) minutes\)\.? ?"
+EXERCISE = re.compile(HEAD + r"(.*(?:\n.+)*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -162,15 +162,12 @@ def plot_front(table: Any, x: str = "ms", ax: plots.Place = None) -> Axes:
         if row["kind"] == "teacher":
             look, label, teachers = plots.look_of(teachers), f"teacher: {row['name']}", teachers + 1
         else:
-            look, label = (
-                {"c": plots.COLOURS[int(row["colour"])], "marker": row["marker"]},
-                row["label"],
-            )
+            look = {"c": plots.COLOURS[int(row["colour"])], "marker": row["marker"]}
+            label = row["label"]
         seen = ax.get_legend_handles_labels()[1]
         ax.plot([row[x]] * 2, [row["low"], row["high"]], lw=1.2, c=look["c"], zorder=2)
-        ax.scatter(row[x], row["mean"], s=36, ec=plots.INK, lw=0.6, zorder=3, **look)
-        if label not in seen:
-            ax.scatter([], [], s=36, ec=plots.INK, lw=0.6, label=label, **look)
+        look |= {"s": 36, "ec": plots.INK, "lw": 0.6, "label": None if label in seen else label}
+        ax.scatter(row[x], row["mean"], zorder=3, **look)
     students = table.query("kind == 'student'")
     for network, rows in students.groupby("network", sort=False):
         plain, taught = (rows[rows[k] == v] for k, v in (("unlabelled", False), ("headline", True)))

@@ -65,7 +65,9 @@ function render({ model, el }) {
       row.append(play);
     }
     form.append(row);
-    follow.push((to) => { slider.value = to; say(to); });
+    follow.push((to) => { // what plays must not take a slider out of the hand that drags it
+      if (!slider.matches(":active")) { slider.value = to; say(to); }
+    });
   });
 
   const readout = make("div", { role: "status" }), picture = make("img");
@@ -74,6 +76,7 @@ function render({ model, el }) {
     const shown = model.get("shown");
     model.get("at").forEach((to, k) => follow[k](to));
     el.classList.toggle("late", late());
+    readout.setAttribute("aria-live", timers.some(Boolean) ? "off" : "polite");
     if (late()) {
       readout.textContent = "drawing …";
       return;
@@ -94,9 +97,8 @@ function render({ model, el }) {
 function still(table) {
   let at = table.at;
   const row = () => at.reduce((sum, to, k) => sum * table.controls[k].texts.length + to, 0);
-  const get = (name) => (name === "at" ? at : { ...table.shown[row()], at });
   return {
-    get: (name) => (["at", "shown"].includes(name) ? get(name) : table[name]),
+    get: (name) => ({ ...table, at, shown: { ...table.shown[row()], at } })[name],
     set: (_, to) => (at = to),
     on: () => {},
     save_changes: () => {},

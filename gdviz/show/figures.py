@@ -49,13 +49,18 @@ class Finished:
         """Rows of the test videos."""
         return self.videos.rows("test")
 
+    def probs(self, moment: int = -1) -> Tensor:
+        """Return what teachers say of all cases, as the student hears it at a moment [m, k, c]."""
+        t = self.graphs.logits.temperature * self.graphs.edges.temperatures[moment]
+        return self.bank.probs(t)
+
     def matched(self, plans: bool = False) -> nx.Graph:
         """Return the logits graph of the test videos, with the student, and plans if asked for."""
-        test, graph, t = self.test, self.graphs.logits, self.graphs.logits.temperature
+        test, graph = self.test, self.graphs.logits
         said = cases_of(self.outputs["logits"][test], self.bank.cases_each > 1)
-        student, cases = torch.softmax(said / t, 1), self.bank.cases(test)
+        student, cases = torch.softmax(said / graph.temperature, 1), self.bank.cases(test)
         weights = self.graphs.edges.teachers[-1][cases]
-        return graph.to_networkx(self.bank.probs(t)[cases], weights, student, plans=plans)
+        return graph.to_networkx(self.probs()[cases], weights, student, plans=plans)
 
     @torch.no_grad()
     def distances(self) -> Tensor:
@@ -79,6 +84,8 @@ def open_finished(run: Run) -> Finished:
     """
     seed, videos, results = run.profile.seeds[0], run.videos(), run.results()
     students = results.query("kind == 'student'")
+    if not len(students):
+        raise UserError(f"{run.folder}: holds no finished student; start it again to go on")
     ours = students.query("headline")
     student = (ours if len(ours) else students).iloc[-1]
     folder, graphs = run.student_folder(seed, student["name"]), run.graphs(seed)
@@ -87,7 +94,7 @@ def open_finished(run: Run) -> Finished:
     adapters = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
     if adapters:
         graphs.representation.load_state_dict(adapters)
-    outputs = {k: x.float() for k, x in load_tensors(folder / "outputs.safetensors").items()}
+    outputs = run.outputs(seed, student["name"])
     bank, summary = run.bank(seed, videos), load_json(run.folder / "summary.json")
     return Finished(videos, bank, graphs, bool(adapters), results, summary, student, outputs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from gdviz.config import PROFILES, SHOWN, Profile
-from gdviz.core.files import UserError, load_json, load_jsonl, load_tensors
+from gdviz.core.files import UserError, load_json, load_jsonl
 from gdviz.data.reading import read_square
 from gdviz.data.videos import VideoSet, load_motion
 from gdviz.experiment.folder import Run, open_run
@@ -56,8 +55,7 @@ class Session:
 
     def outputs(self, method: str) -> dict[str, Tensor]:
         """Return a student's logits (and features) of every video of the run, first seed."""
-        file = self.run.student_folder(self.run.profile.seeds[0], method) / "outputs.safetensors"
-        return {name: x.float() for name, x in load_tensors(file).items()}
+        return self.run.outputs(self.run.profile.seeds[0], method)
 
 
 def reveal(text: str) -> None:
@@ -68,26 +66,33 @@ def reveal(text: str) -> None:
 def find_run(root: Path) -> Run:
     """Return the newest finished run under ``runs/`` that has what notebooks show.
 
-    That is the students ``SHOWN``, two teachers or more, and one label a video, since formulas and
-    checks are written for it; else the bundled run. What is newer is named, and why it is not it.
+    Else the bundled run. What is newer is named, and why it is not it.
     """
     runs = [*root.glob("runs/*/summary.json"), *root.glob("runs/*/*/*/summary.json")]  # of plans
     for file in sorted(runs, key=lambda file: -file.stat().st_mtime):
-        with suppress(UserError):  # made by another version of gdviz
-            run, lacks = open_run(file.parent), ""
-            if missing := [name for name in SHOWN if name not in run.profile.methods]:
-                lacks = f"it has no student of {', '.join(missing)}"
-            elif len(run.profile.teachers.tasks) < 2:
-                lacks = "it has one teacher"
-            elif "mAP" in run.results():
-                lacks = "its videos have several labels; `gdviz evaluate` and its figures show it"
-            if not lacks:
-                return run
-            print(f"{file.parent.relative_to(root)} is passed over: {lacks}")
+        try:
+            run = open_run(file.parent)
+            lacks = _lacks(run)
+        except UserError as error:  # of another version of gdviz, say
+            lacks = str(error).removeprefix(f"{file.parent}: ")
+        if not lacks:
+            return run
+        print(f"{file.parent.relative_to(root)} is passed over: {lacks}")
     return open_bundled(root / "data/example")
 
 
-def setup(seed: int = 0, profile: str = "smoke") -> Session:
+def _lacks(run: Run) -> str:
+    """Return what a run lacks for the notebooks, whose formulas are of one label a video."""
+    if missing := [name for name in SHOWN if name not in run.profile.methods]:
+        return f"it has no student of {', '.join(missing)}"
+    if len(run.profile.teachers.tasks) < 2:
+        return "it has one teacher"
+    if "mAP" in run.results():
+        return "its videos have several labels; `gdviz evaluate` and its figures show it"
+    return ""
+
+
+def setup(seed: int = 0) -> Session:
     """Set seed, threads and figure style of a notebook; show versions and the run looked at.
 
     Raise UserError if not started inside the project, or if the bundled run is damaged.
@@ -114,11 +119,11 @@ def setup(seed: int = 0, profile: str = "smoke") -> Session:
     rows = {"Python": platform.python_version()}
     rows |= {name: version(name) for name in ("gdviz", "torch", "numpy", "matplotlib")}
     rows |= {"device": device, "threads": str(torch.get_num_threads())}
-    rows |= {"seed": str(seed), "profile": profile}
+    rows |= {"seed": str(seed)}
     rows["looking at"] = f"`{run.folder.relative_to(roots[0])}`{packed}"
     videos = sum(data["videos"].values())
     rows["its data"] = f"{data['name']}: {len(data['classes'])} classes, {videos} videos{held}"
     rows["its teachers"] = ", ".join(run.profile.teachers.tasks)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     display(Markdown(f"| | |\n|---|---|\n{table}"))
-    return Session(seed, PROFILES[profile], device, roots[0], run)
+    return Session(seed, PROFILES["smoke"], device, roots[0], run)

@@ -77,7 +77,10 @@ class Explorer:
         grid = figure.subplots(
             self.rows, columns, squeeze=False, width_ratios=self.widths[:columns]
         )
-        return figure, self.draw(grid.flatten().tolist(), **values)
+        with warnings.catch_warnings():
+            # What is drawn may stop a little early; read-outs tell where it matters.
+            warnings.simplefilter("ignore", graphs.ConvergenceWarning)
+            return figure, self.draw(grid.flatten().tolist(), **values)
 
     def values_at(self, *at: int) -> dict[str, Any]:
         """Return a value of each control, by its number."""
@@ -147,10 +150,8 @@ class PlanExplorer(Explorer):
         bars, heat = axes
         p = (self.probs[clip].clamp(min=1e-30).log() / temperature).softmax(-1)
         a, b = p[self.names.index(first)], p[self.names.index(second)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", graphs.ConvergenceWarning)  # the read-out tells
-            solved = graphs.sinkhorn(a, b, self.cost, eps=eps)
-            consensus = graphs.barycenter(p, torch.ones_like(p[:, 0]), self.cost, eps=eps, tol=1e-4)
+        solved = graphs.sinkhorn(a, b, self.cost, eps=eps)
+        consensus = graphs.barycenter(p, torch.ones_like(p[:, 0]), self.cost, eps=eps, tol=1e-4)
         plan, drawn = solved.plan(), torch.stack([a, b, consensus.distribution])
         heaviest = drawn.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
         labels = plots.as_text([self.class_names[c] for c in heaviest.tolist()])
@@ -274,14 +275,14 @@ class BandwidthExplorer(Explorer):
 class SketchExplorer(Explorer):
     """What a Tensor Sketch costs against the exact product of Gram matrices.
 
-    The pair is the first two teachers, standardised; ``seed`` is that of the hashes.
+    The pair is the first two teachers, standardised.
     """
 
-    def __init__(self, teacher_features: Features, seed: int = 0) -> None:
+    def __init__(self, teacher_features: Features) -> None:
         pair = list(teacher_features[:2])
         graph = RepresentationGraph(("first", "second"), [x.shape[1] for x in pair], 1)
         graph.fit_scalers(pair)
-        self.vectors, self.seed = graph.teacher_vectors(pair), seed
+        self.vectors = graph.teacher_vectors(pair)
         self.exact = graph.pair_grams(pair)[0]
         self.sizes = [2**k for k in range(4, 14)]
         self.errors = [self.sketched(size)[1] for size in self.sizes]
@@ -289,7 +290,7 @@ class SketchExplorer(Explorer):
 
     def sketched(self, size: int) -> tuple[Float[Tensor, "clips clips"], float]:
         """Return the sketches' Gram matrix ``G``, and its error ``|G - exact| / |exact|``."""
-        sketch = TensorSketch(max(v.shape[1] for v in self.vectors), size, seed=self.seed)
+        sketch = TensorSketch(max(v.shape[1] for v in self.vectors), size, seed=0)
         gram = kernels.gram(sketch(self.vectors, [(0, 1)])[0])
         return gram, float((gram - self.exact).norm() / self.exact.norm())
 
@@ -324,8 +325,8 @@ class ClipExplorer(Explorer):
 
     def __init__(self, look: Finished, clips: Labels) -> None:
         self.look, self.clips, self.edges = look, clips, look.graphs.edges
-        bank, graph = look.bank, look.graphs.logits
-        self.probs = bank.probs(graph.temperature)[clips]
+        bank, graph, moments = look.bank, look.graphs.logits, range(len(self.edges.teachers))
+        self.probs = torch.stack([look.probs(moment)[clips] for moment in moments])
         self.student = torch.softmax(look.outputs["logits"][clips] / graph.temperature, 1)
         self.frames = look.videos.batch(clips).numpy()[:, ::2]
         self.distances = look.distances()
@@ -334,9 +335,8 @@ class ClipExplorer(Explorer):
             self.against = torch.stack([novelty(x, home) for x, home in homes], 1)
         else:
             unknown = torch.full_like(clips, -1)
-            self.against = graphs.evidence(self.probs, unknown, graph.cost, alpha=0.0)
+            self.against = graphs.evidence(bank.probs()[clips], unknown, graph.cost, alpha=0.0)
         self.reason = "foreign to" if known else "apart from the others (less weighs more)"
-        moments = range(len(self.edges.teachers))
         super().__init__(
             clip=Control("clip", range(len(clips)), 0, still=3),
             moment=Control("moment of the training", moments, moments[-1], still=4),
@@ -348,8 +348,8 @@ class ClipExplorer(Explorer):
         look, row, edges = self.look, int(self.clips[clip]), self.edges
         weights, names = edges.teachers[moment, row], look.bank.teachers
         play(screen, self.frames[clip])
-        consensus = edges.consensus[moment, row]
-        said = torch.cat([self.probs[clip], consensus[None], self.student[clip, None]])
+        probs, consensus = self.probs[moment, clip], edges.consensus[moment, row]
+        said = torch.cat([probs, consensus[None], self.student[clip, None]])
         classes = said.sum(0).argsort(descending=True)[: plots.NAMED].sort().values
         speakers = [f"{plots.short(n)}  {w:.2f}" for n, w in zip(names, weights, strict=True)]
         labels = plots.as_text([plots.short(look.videos.label_names[c]) for c in classes.tolist()])
@@ -358,7 +358,7 @@ class ClipExplorer(Explorer):
             frame, vmin=0, vmax=1, cmap="cividis", ax=says, cbar_kws={"label": "probability"}
         )
         says.tick_params(labelsize=7)
-        one = self.probs[clip, None], weights[None], self.student[clip, None]
+        one = probs[None], weights[None], self.student[clip, None]
         plots.plot_logits_graph(look.graphs.logits.to_networkx(*one), left, vmax=1.0)
         space = look.graphs.representation
         plots.plot_representation_graph(

@@ -1,5 +1,6 @@
 """Figures of a finished run, and of what a run may be: few teachers or many, with many classes."""
 
+import shutil
 from dataclasses import replace
 
 import matplotlib as mpl
@@ -12,7 +13,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from gdviz.config import Distillation
-from gdviz.core.files import load_tensors
+from gdviz.core.files import UserError, load_tensors
 from gdviz.data.videos import VideoSet
 from gdviz.show import figures, plots
 from gdviz.student.edges import Graphs, build_graphs, learn_edges
@@ -98,6 +99,32 @@ def test_figures_show_the_run_s_numbers():
     points = np.concatenate([c.get_offsets() for c in size.collections])
     np.testing.assert_allclose(points, [*((36e4, 51 + k) for k in range(3)), (4e4, 54), (4e4, 55)])
     assert (time.get_xlabel(), size.get_xlabel()) == ("latency, ms a clip", "parameters")
+
+
+def test_teachers_are_drawn_as_the_student_hears_them_recalibrated():
+    look = look_of(3, 4)
+    t = torch.ones_like(look.graphs.edges.temperatures)
+    t[-1] = torch.tensor([0.5, 1.0, 4.0])
+    edges = replace(look.graphs.edges, temperatures=t)
+    look = replace(look, graphs=replace(look.graphs, edges=edges))
+    t = look.graphs.logits.temperature * torch.tensor([0.5, 1.0, 4.0])[:, None]
+    torch.testing.assert_close(look.probs(), torch.softmax(look.bank.logits / t, -1))
+    first = look.bank.probs(look.graphs.logits.temperature)
+    torch.testing.assert_close(look.probs(0), first)
+    plan = look.matched(plans=True)["teacher 0"]["teacher 2"]
+    whose = [int(plan[end][-1]) for end in ("rows", "columns")]
+    rows, columns = look.probs()[look.test].mean(0)[whose]
+    np.testing.assert_allclose(plan["plan"].sum(1), rows, atol=5e-3)
+    np.testing.assert_allclose(plan["plan"].sum(0), columns, atol=5e-3)
+
+
+def test_a_run_without_a_finished_student_is_named(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    run = replace(finished, folder=tmp_path / "run")
+    for file in run.folder.glob("seed0/students/*/result.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="holds no finished student"):
+        figures.open_finished(run)
 
 
 def test_a_student_without_adapters_has_no_representation_graph():

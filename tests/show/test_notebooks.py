@@ -259,8 +259,9 @@ def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path, capsys):
         if name != "unfinished":
             save_json(folder / "summary.json", {})
             os.utime(folder / "summary.json", (1e9 + age, 1e9 + age))
-    student = tmp_path / "runs/several/seed0/students/labels"
-    save_json(student / "result.json", {"accuracy": 0.5, "mAP": 0.5})
+    for name in runs:
+        result = {"accuracy": 0.5} | ({"mAP": 0.5} if name == "several" else {})
+        save_json(tmp_path / "runs" / name / "seed0/students/labels/result.json", result)
     assert find_run(tmp_path).folder.name == "new"
     said = capsys.readouterr().out
     for words in ("runs/fewer is passed over: it has no student of kd", "one teacher", "several l"):
@@ -327,6 +328,16 @@ def test_the_course_leaves_solutions_to_the_instructor(tmp_path):
         assert all(code in page for code in solutions(prose(path)))
     assert page.count("**Pitfall.**") == len(WRONG)
     assert page.count("**Minutes.**") == len(NOTEBOOKS)
+
+
+def test_an_exercise_that_takes_two_lines_is_whole():
+    text = """**1 · Draw** (easy, 3 minutes). How many
+fit?
+
+<details><summary>Solution</summary>\n\nthree\n\n*Pitfall:* two.\n</details>"""
+    cell = nbformat.v4.new_markdown_cell(text)
+    (found,) = load_course().exercises(nbformat.v4.new_notebook(cells=[cell]))
+    assert found.question == "How many\nfit?" and found.pitfall == "two."
 
 
 def with_solutions(notebook):
