@@ -92,25 +92,29 @@ def hours_of(profile: Profile, count: dict[str, int], device: str) -> dict[str, 
     cfg, distillation, classes = profile.teachers, profile.distillation, count["classes"]
     labelled, training = count["train"], count["train"] + count["unlabelled"]
     answered = (training + count["test"]) * profile.view.clips
-    total = {"teachers": 0.0, "students": 0.0}
-    costs: dict[str, tuple[float, float]] = {}
+    teachers, costs = 0.0, {}
     for task in cfg.tasks:
         home = split_home(task)[1]
         known = home in profile.motion.domains
         own = classes * cfg.home_labelled if known else labelled
         seen = own + classes * cfg.home_unlabelled if known else training
-        kind = task if isinstance(find_source(task), OwnBackbone) else cfg.backbone
+        source = find_source(task)
+        kind = task if isinstance(source, OwnBackbone) else cfg.backbone
         if kind not in costs:
             model = build_teacher(task, cfg, classes)
             costs[kind] = clip_seconds(model, profile.view_of(task), cfg.pretrain, device)
         train, answer = costs[kind]
-        fits = clips_trained(cfg.fit, own) * (1 if home else cfg.folds + 1)
-        total["teachers"] += train * (clips_trained(cfg.pretrain, seen) + fits) + answer * answered
+        clips = clips_trained(cfg.fit, own) * (1 if home else cfg.folds + 1)
+        if isinstance(source, OwnBackbone):  # it is there already, and perhaps its head
+            clips *= not source.fitted
+        else:
+            clips += clips_trained(cfg.pretrain, seen)
+        teachers += train * clips + answer * answered
     student = build_student(distillation.student, classes)
     train, answer = clip_seconds(student, profile.view, distillation.schedule, device)
     each = clips_trained(distillation.schedule, training, distillation.labelled_batch)
-    total["students"] = len(profile.methods) * (train * each + answer * answered)
-    return {name: seconds / 3600 for name, seconds in total.items()}
+    students = len(profile.methods) * (train * each + answer * answered)
+    return {"teachers": teachers / 3600, "students": students / 3600}
 
 
 def estimate(plan: Plan, runs: list[list[Run]], device: str) -> str:
@@ -124,6 +128,5 @@ def estimate(plan: Plan, runs: list[list[Run]], device: str) -> str:
         each = " and ".join(f"{n} {kind} ({hours[kind]:.2f} h)" for kind, n in sizes.items())
         lines.append(f"{name}: {len(plan.draws)} draws of {each}; {videos} videos")
         whole += len(plan.draws) * sum(hours.values())
-    lines.append(f"about {whole:.1f} hours of one process on {device}, if it is not busy; decoding")
-    lines[-1] += " and teachers that settings share are not counted"
-    return "\n".join(lines)
+    left_out = "if it is not busy; decoding and teachers that settings share are not counted"
+    return "\n".join([*lines, f"about {whole:.1f} hours of one process on {device}, {left_out}"])

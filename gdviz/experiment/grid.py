@@ -26,6 +26,7 @@ from gdviz.core.processes import over_processes
 from gdviz.experiment import steps
 from gdviz.experiment.checks import check_profile
 from gdviz.experiment.folder import Run, Workers, is_done, save_results
+from gdviz.teachers.own import OwnBackbone, find_source
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,9 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
 
 def _results(run: Run) -> pd.DataFrame:
     """Return a run's results with the name of each model's network."""
-    networks = {"teacher": run.profile.teachers.backbone}
-    networks["student"] = run.profile.distillation.student
-    return run.results().assign(network=lambda table: table["kind"].map(networks))
+    cfg, table = run.profile, run.results()
+    named = dict.fromkeys(table["name"], cfg.distillation.student)
+    for task in cfg.teachers.tasks:
+        own = isinstance(find_source(task), OwnBackbone)
+        named[task] = task if own else cfg.teachers.backbone
+    return table.assign(network=[named[name] for name in table["name"]])

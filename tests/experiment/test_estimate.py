@@ -11,6 +11,7 @@ from gdviz.core.files import UserError
 from gdviz.core.loop import train
 from gdviz.experiment import estimate, grid
 from gdviz.experiment.folder import Run
+from gdviz.teachers.own import OwnBackbone
 
 SMOKE = PROFILES["smoke"]
 
@@ -36,6 +37,21 @@ def test_hours_are_clips_times_seconds(monkeypatch):
     hours = estimate.hours_of(replace(SMOKE, teachers=teachers, methods=("labels",)), count, "cpu")
     pretrained, fitted = 10 * (1092 // 32) * 32, 4 * 32 * 5 * 16  # folds and all, least five steps
     assert hours == {"teachers": pretrained + fitted, "students": 24 * (1092 // 32) * (32 + 8)}
+
+
+def test_networks_of_one_s_own_are_not_pre_trained(monkeypatch):
+    class Own(OwnBackbone):
+        def __init__(self, fitted):
+            self.fitted = fitted
+
+    monkeypatch.setattr(estimate, "clip_seconds", lambda *_: (3600.0, 0.0))
+    monkeypatch.setattr(estimate, "build_teacher", lambda *_: None)
+    monkeypatch.setattr(estimate, "find_source", lambda task: Own(task == "my:fitted"))
+    count = {"train": 84, "unlabelled": 1008, "test": 960, "classes": 12}
+    for task, clips in (("my:fitted", 0), ("my:frozen", 4 * 32 * 5 * 16)):
+        teachers = replace(SMOKE.teachers, tasks=(task,), strides=(2,))
+        hours = estimate.hours_of(replace(SMOKE, teachers=teachers, methods=()), count, "cpu")
+        assert hours == {"teachers": clips, "students": 0}
 
 
 def test_answering_costs_a_clip_of_each_video(monkeypatch):

@@ -105,6 +105,17 @@ def test_all_is_run_and_told_in_one_table(made):
     assert 0 < at_home["graphs"] < at_home["graphs-truth"] and len(edges) == 4
 
 
+def test_a_teacher_of_one_s_own_is_a_network_of_its_own_in_the_results(made, monkeypatch):
+    _, read, results = made
+    assert set(results["network"]) == {"tiny4"}
+    own = grid.OwnBackbone.__new__(grid.OwnBackbone)
+    monkeypatch.setattr(grid, "find_source", lambda task: own if "none" in task else None)
+    (run, *_), *_ = read.runs(made[0] / "out", made[0] / "data", "cpu")
+    networks = grid._results(run).set_index("name")["network"]
+    assert networks["none@plain"] == "none@plain" and networks["registration@noise"] == "tiny4"
+    assert networks["both-graphs"] == "tiny4"
+
+
 def test_videos_of_one_s_own_are_decoded_before_draws_begin(made, tmp_path, monkeypatch):
     done = []
 

