@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gdviz.graphs import closed_form, evidence, fit_gate, teacher_prior, zero_one_cost
-from gdviz.graphs.weights import Cost, Labels, Probs, Weights
+from gdviz.graphs.weights import Labels, Probs, Weights
 
 StudentProbs = Float[Tensor, "clips classes"] | None
 Policy = Callable[..., Tensor]
@@ -26,24 +26,15 @@ def uniform(probs: Probs, labels: Labels, student_probs: StudentProbs = None) ->
 
 
 @torch.no_grad()
-def entropic(
-    probs: Probs,
-    labels: Labels,
-    student_probs: StudentProbs = None,
-    *,
-    cost: Cost | None = None,
-    alpha: float = 0.5,
-    eta: float = 0.25,
-    floor: float = 0.05,
-) -> Weights:
+def entropic(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
     """Return :func:`closed_form` of the ``evidence`` under :func:`teacher_prior` (ours).
 
-    ``cost`` has unit mean off the diagonal (None: 0/1): with ``eta = 0.25`` a teacher that errs a
-    quarter less on a clip counts ``e`` times more.
+    At the 0/1 cost and ``eta = 0.25`` a teacher that errs a quarter less on a clip counts ``e``
+    times more.
     """
-    cost = zero_one_cost(probs.shape[-1]).to(probs) if cost is None else cost
-    c, prior = evidence(probs, labels, cost, alpha=alpha), teacher_prior(probs, labels, cost)
-    return closed_form(c, eta=eta, log_prior=prior, floor=floor)
+    cost = zero_one_cost(probs.shape[-1]).to(probs)
+    prior = teacher_prior(probs, labels, cost)
+    return closed_form(evidence(probs, labels, cost), eta=0.25, log_prior=prior)
 
 
 @torch.no_grad()

@@ -18,10 +18,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from gdviz import graphs
-from gdviz.graphs import RepresentationGraph, zero_one_cost
+from gdviz.graphs import RepresentationGraph, closed_form, evidence, teacher_prior, zero_one_cost
 from gdviz.show import comparisons, plots, static, widgets
 from gdviz.show.figures import open_finished
-from gdviz.student.weighting import entropic
 
 NAMES, CLASSES = ("order", "coherence", "registration"), ("left", "right", "up", "down")
 
@@ -385,7 +384,11 @@ def test_of_many_classes_the_plan_shows_the_heaviest():
 
 def test_edges_agree_with_the_default_policy_and_span_the_effective_number(made):
     explorer, probs, labels = made["edges"], CAST["probs"], CAST["labels"]
-    expected = entropic(probs, labels, cost=CAST["cost"], alpha=0.3, eta=0.2, floor=0.1)
+    c, prior = (
+        evidence(probs, labels, CAST["cost"], alpha=0.3),
+        teacher_prior(probs, labels, CAST["cost"]),
+    )
+    expected = closed_form(c, eta=0.2, log_prior=prior, floor=0.1)
     found = explorer.weights(eta=0.2, alpha=0.3, prior=1.0, floor=0.1)
     torch.testing.assert_close(found, expected)
     even = explorer.show(eta=0.1, alpha=0.5, prior=1.0, floor=1.0)[1]
