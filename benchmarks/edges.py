@@ -6,7 +6,7 @@ frequencies, a lying one is a copy of the best that swears every class is anothe
 trained by plain distillation from the teachers as each rule weighs them; they share the run's
 teachers in turn, the liar's permutation and the student's own seed differ. ``learned`` is what a
 run does: the edges of the logits graph over a training. Every student is a line of ``--out`` once
-    it is done; started again, it goes on.
+it is done; started again, it goes on.
 """
 
 from __future__ import annotations

@@ -268,7 +268,8 @@ with closing(sqlite3.connect(sys.argv[1])) as db:
     known = [look_up(db, Path(name), stat) for name, stat in zip(names, stats)]
 assert all(info.frames == 200 for info in known)
 took = time.perf_counter() - start
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+unit = 1e6 if sys.platform == "darwin" else 1e3
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
 print(f"{{count}} rows: opened and counted in {{opened:.2f}} s,",
       f"1,000 files looked up by {{took:.2f}} s; {{grown:.0f}} MB more than before")
 """
@@ -294,6 +295,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         paths = sorted(p for p in given.videos.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        if not paths:
+            sys.exit(f"{given.videos}: holds no videos")
         start = time.process_time()
         found = dict(zip(paths, verified(paths, Path(folder) / "small.sqlite"), strict=True))
         known = {

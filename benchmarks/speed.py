@@ -106,7 +106,6 @@ def steps_to(error: float, a: Tensor, b: Tensor, cost: Tensor, eps: float) -> in
     kernel, v = torch.exp(-cost / eps), torch.ones_like(b)
     for step in range(1, 2000):
         u = 1 / ((v * b) @ kernel)
-        reached = u * ((v * b) @ kernel)
         v = 1 / ((u * a) @ kernel)
         reached = a * u * ((v * b) @ kernel)
         if (reached - a).abs().sum(1).max() < error:
