@@ -204,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build/site")
     chosen = parser.parse_args(arguments)
     notebooks = chosen.notebooks or sorted((chosen.executed or ROOT / "notebooks").glob("*.ipynb"))
+    if chosen.out.exists() and not (chosen.out / "index.html").exists():
+        parser.error(f"--out {chosen.out}: is there and holds no site; choose another folder")
     shutil.rmtree(chosen.out, ignore_errors=True)
     site = Site(notebooks, chosen.out)
     site.write_texts_and_figures()

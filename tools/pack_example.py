@@ -114,8 +114,11 @@ def pack(run: Run, folder: Path) -> None:
     """Write the example.
 
     Raises:
-        UserError: the run used other data, or skipped videos.
+        UserError: the run used other data, or skipped videos; ``folder`` holds something else.
     """
+    holds_one = (folder / "SHA256SUMS").exists() and folder.resolve() != run.folder.resolve()
+    if folder.exists() and not holds_one:
+        raise UserError(f"{folder}: is there and holds no other example; choose another folder")
     videos, seed = run.videos(), run.profile.seeds[0]
     if run.data is not None or videos.skipped:
         raise UserError(f"{run.folder}: the example is made of a run on the embedded data")
