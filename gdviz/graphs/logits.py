@@ -29,10 +29,12 @@ class LogitsGraph(nn.Module):
 
     ``q_n = softmax(z_n / T)`` is the student's distribution, ``p_nk`` the teachers', ``b_n`` their
     consensus, S the debiased Sinkhorn divergence under the ground ``cost``, and
-    ``s_n = 1 - H(b_n) / log C``, scaled to mean 1. The factor is T, not the T^2 of KL: a transport
-    cost is of first order in ``q - p``, so softening divides its gradient by T once. For ``eps``,
-    ``tol`` and ``max_iter`` see :func:`gdviz.graphs.sinkhorn`; the consensus, which is a target, is
-    solved to ten times ``tol``.
+    ``s_n = 1 - H(b_n) / log C``, scaled to mean 1. For ``eps``, ``tol`` and ``max_iter`` see
+    :func:`gdviz.graphs.sinkhorn`; the consensus, a target, is solved to ten times ``tol``.
+
+    The factor is T, not the T^2 of KL: the unregularised transport cost is of first order in
+    ``q - p``, so softening divides its gradient by T once. Where q and p differ by little against
+    eps, S is of second order, like KL; ``distill`` scales losses by their gradients anyway.
 
     Raises ValueError if the cost, names or options cannot be used, or ``exp(-D / eps)`` is not
     positive semi-definite: S could then be negative and the loss be gamed.

@@ -4,9 +4,10 @@ Vertices are pairs of teachers ``i < j``, ``r_ij = x_i (x) x_j``, and the studen
 ``r^s_ij = s_i (x) s_j``. The "pairwise ensembled representations" are the paper's; the kernel
 route, the class weights and the learned edges are ours.
 
-``x_k = [u_k, 1]`` with the teacher's pooled feature ``u_k``, standardised and of unit length, and
-``s_k`` likewise with ``A_k h_s``, ``h_s`` centred on the batch. Without the constant coordinate
-(ours) cosines near zero, of a new student, multiply to nothing, and so do their gradients.
+``x_k = [u_k, 1] / sqrt 2`` with the teacher's pooled feature ``u_k``, standardised and of unit
+length, and ``s_k`` likewise with ``A_k h_s``, ``h_s`` centred on the batch. Without the constant
+coordinate (ours) cosines near zero, of a new student, multiply to nothing, and so do their
+gradients.
 """
 
 from collections.abc import Iterator, Sequence

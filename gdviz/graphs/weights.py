@@ -156,7 +156,8 @@ def pair_alignment(
     """Compute the unbiased ``CKA(Gram(r_ij), [y = y'])`` on labelled clips, held-out ones.
 
     Of several labels a clip, 0 or 1 a class, the Gram matrix is ``<y, y'>``. 0 with fewer than four
-    labelled clips, or one class only. See ``RepresentationGraph.pair_grams``.
+    labelled clips, one class only, or no two clips of one class. See
+    ``RepresentationGraph.pair_grams``.
     """
     several = labels[:, None] if labels.ndim == 1 else labels
     known = (several >= 0).all(1).nonzero().squeeze(1)

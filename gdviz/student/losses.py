@@ -24,7 +24,7 @@ Negatives = Float[Tensor, "*batch negatives dim"]
 
 
 def kd_loss(logits: Logits, teacher_probs: Probs, weights: Weights, temperature: float) -> Scalar:
-    """``T^2 mean_n sum_k w_nk KL(p_nk || softmax(z_n / T))`` (Hinton et al. 2015, section 2.1).
+    """``T^2 mean_n sum_k w_nk KL(p_nk || softmax(z_n / T))`` (Hinton et al. 2015, section 2).
 
     Its gradient is that of distillation from the mixture ``sum_k w_nk p_nk``, whose probabilities
     are softened at T already. ``T^2`` keeps its size independent of T. Weights are constants.

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from gdviz.config import Distillation
 from gdviz.core.files import UserError
 from gdviz.core.names import resolve
-from gdviz.graphs import sinkhorn
+from gdviz.graphs import sinkhorn_divergence
 from gdviz.student import losses
 from gdviz.student.edges import Edges, Graphs
 from gdviz.student.weighting import FOLLOW_STUDENT, POLICIES, Policy
@@ -28,7 +28,7 @@ from gdviz.teachers.bank import Bank
 POLICY_LABELS = {
     "uniform": "uniform average (KD)",
     "ebkd": "EBKD",
-    "camkd": "CA-MKD",
+    "camkd": "CA-MKD (KD)",
     "aekd": "AE-KD",
     "luo": "Luo et al. (KD)",
 }
@@ -227,8 +227,13 @@ class KDByPolicy(KDByLearnedEdges):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         if not self.follows:
-            self.fixed = type(self).policy(setting.bank.probs(), setting.bank.labels, None)
-            self.calibrated = setting.bank.recalibrated(self.fixed)
+            probs, labels = setting.bank.probs(), setting.bank.labels
+            self.fixed = type(self).policy(probs, labels, None)
+            # A weight that has seen a clip's label would hide the teacher's mistake on it from its
+            # calibration: that is under the weights of the same clips without their labels.
+            twice = torch.cat([probs, probs]), torch.cat([labels, torch.full_like(labels, -1)])
+            unseen = type(self).policy(*twice, None)[len(labels) :]
+            self.calibrated = setting.bank.recalibrated(unseen)
 
     def temperatures(self, edges: Edges, moment: int) -> Tensor | None:
         return self.calibrated
@@ -328,9 +333,10 @@ class DKD(FromBest):
 
 
 class WKD(FromBest):
-    """``T mean_n W(q_n, p_n)``: transport to the teacher (after WKD-L, Lv et al. 2024).
+    """``T mean_n S(q_n, p_n)``: transport to the teacher (after WKD-L, Lv et al. 2024).
 
-    The ground cost is the logits graph's (ours; theirs is made of CKA between classes).
+    Ours: the ground cost is the logits graph's, theirs is made of CKA between classes; S is
+    debiased, where they take a smaller eps; the class of the label is not told apart.
     """
 
     label, terms = "WKD (logits)", ("wkd",)
@@ -343,7 +349,7 @@ class WKD(FromBest):
     def loss(self, batch: Batch, bank: Bank, logits: Tensor, features: Tensor) -> Tensor:
         t = self.cfg.temperature
         q, p = (torch.softmax(x / t, -1) for x in (batch.logits.float(), logits))
-        return t * sinkhorn(q, p, self.cost, eps=self.cfg.eps).cost.mean()
+        return t * sinkhorn_divergence(q, p, self.cost, eps=self.cfg.eps).mean()
 
 
 class DIST(FromBest):

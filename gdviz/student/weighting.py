@@ -29,8 +29,8 @@ def uniform(probs: Probs, labels: Labels, student_probs: StudentProbs = None) ->
 def entropic(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
     """Return :func:`closed_form` of the ``evidence`` under :func:`teacher_prior` (ours).
 
-    At the 0/1 cost and ``eta = 0.25`` a teacher that errs a quarter less on a clip counts ``e``
-    times more.
+    At the 0/1 cost and ``eta = 0.25`` a teacher that errs a quarter less, by the label and by the
+    others, counts ``e`` times more.
     """
     cost = zero_one_cost(probs.shape[-1]).to(probs)
     prior = teacher_prior(probs, labels, cost)
@@ -71,8 +71,9 @@ def entropy_based(probs: Probs, labels: Labels, student_probs: StudentProbs = No
 def confidence_aware(probs: Probs, labels: Labels, student_probs: StudentProbs = None) -> Weights:
     """``w_nk = (1 - softmax_k(CE(p_nk, y_n))) / (K - 1)`` (CA-MKD, Zhang et al., ICASSP 2022).
 
-    The paper has labels everywhere. A clip without one gets the mean weights of those that have
-    one (ours), or uniform weights if none has. No weight exceeds ``1 / (K - 1)``.
+    Their loss on intermediate features is left out. The paper has labels everywhere: a clip without
+    one gets the mean weights of those that have one (ours), or uniform weights if none has. No
+    weight exceeds ``1 / (K - 1)``.
     """
     known = labels >= 0
     if not bool(known.any()):
@@ -123,13 +124,15 @@ def capped_simplex_minimum(
 
 
 def gradient_space(probs: Probs, labels: Labels, student_probs: Tensor) -> Weights:
-    """``argmin_w |sum_k w_k g_nk|^2`` on the capped simplex (AE-KD, Du et al., NeurIPS 2020).
+    """``argmin_w |sum_k w_k g_k|^2`` on the capped simplex (AE-KD, Du et al., NeurIPS 2020).
 
-    ``g_nk = q_n - p_nk`` is the gradient of KD from teacher k by the student's logits, over T. The
-    cap is the paper's C = 0.6, raised to ``1 / K`` where it must be.
+    ``g_k = mean_n (q_n - p_nk)`` is the gradient of KD from teacher k by the student's logits, over
+    T, of the batch, whose clips have the same weights. The cap is the paper's C = 0.6, raised to
+    ``1 / K`` where it must be.
     """
-    g = student_probs[:, None] - probs
-    return capped_simplex_minimum(g @ g.mT, torch.zeros_like(g[..., 0]), max(0.6, 1 / g.shape[1]))
+    g = (student_probs[:, None] - probs).mean(0)
+    found = capped_simplex_minimum(g @ g.mT, torch.zeros_like(g[:, 0]), max(0.6, 1 / len(g)))
+    return found.expand_as(probs[..., 0])
 
 
 def trained_on_the_loss(
@@ -152,8 +155,8 @@ def graph_distillation(probs: Probs, labels: Labels, student_probs: Tensor) -> W
     """Edges learned on the distillation loss, regularised (Luo et al., ECCV 2018).
 
     As in their code the squared distance of the batch's mean edges to the prior weighs as much as
-    the loss, and the prior is added to the edges. Theirs come from a small network trained along;
-    these are the optimum.
+    the loss, and the prior is added to the edges. Ours: edges are alike on all clips of a batch and
+    the optimum, where theirs come from a small network, clip by clip; the loss is KL on logits.
     """
     return trained_on_the_loss(probs, labels, student_probs, prior=1.0)
 

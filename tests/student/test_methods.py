@@ -140,6 +140,29 @@ def test_dkd_takes_the_label_where_one_is_known(setting, batch):
     torch.testing.assert_close(losses(method, told, batch)["dkd"], expected)
 
 
+@pytest.mark.parametrize("policy", ["camkd", "entropic", "ebkd", "kendall"])
+def test_a_policy_that_sees_labels_does_not_sharpen_calibrated_teachers(setting, policy):
+    """Labels are drawn from what the teachers say, so that every temperature is right at 1."""
+    g = Generator().manual_seed(0)
+    logits = torch.randn(4000, 12, generator=g).mul(2)[:, None].expand(-1, 3, -1)
+    logits = logits + 0.1 * torch.randn(4000, 3, 12, generator=g)
+    labels = torch.multinomial(torch.softmax(logits[:, 0], -1), 1, generator=g)[:, 0]
+    fold = torch.zeros(4000, dtype=torch.long)
+    bank = Bank(("a", "b", "c"), setting.bank.readouts[:1] * 3, logits, labels, fold)
+    method = METHODS[f"kd-{policy}"](replace(setting, bank=bank))
+    assert ((method.calibrated - 1).abs() < 0.06).all(), method.calibrated
+
+
+@pytest.mark.parametrize("name", ["wkd", "kd-best"])
+def test_a_student_that_says_what_its_teacher_says_is_left_alone(setting, batch, name):
+    method = METHODS[name](setting)
+    best = setting.bank.best_teacher()
+    said = setting.bank.logits_at(batch.rows)[:, best].clone().requires_grad_()
+    (loss,) = losses(method, setting, replace(batch, logits=said)).values()
+    (grad,) = torch.autograd.grad(loss, said)
+    assert grad.abs().max() < 1e-4 and loss.detach().abs() < 1e-4
+
+
 def test_unknown_methods_and_things_that_are_none():
     with pytest.raises(UserError, match=r"unknown method 'kd-bets'.*kd-best"):
         find_method("kd-bets", NAMES)

@@ -171,6 +171,17 @@ def test_gradient_space_is_the_mixture_nearest_to_the_student():
     torch.testing.assert_close(w, torch.tensor([[0.4, 0.6]]))
 
 
+def test_gradient_space_is_solved_for_a_batch_as_in_the_paper(cast):
+    probs, labels = cast
+    student = student_of(probs)
+    w = rules.gradient_space(probs, labels, student)
+    assert (w == w[0]).all()
+    g = (student[:, None] - probs).mean(0)
+    others = torch.distributions.Dirichlet(torch.ones(4)).sample((4000,)).to(g)
+    others = others[others.max(1).values <= 0.6]
+    assert (w[0] @ g).norm() <= (others @ g).norm(dim=1).min() + 1e-6
+
+
 def test_trained_on_the_loss_collapses_on_the_constant_teacher_and_the_default_does_not(cast):
     """A student that starts vague; half of what a regulariser and a prior leave is still wrong."""
     good, labels = cast[0][:, 0], cast[1]

@@ -21,7 +21,7 @@ class FrameOrder(PretextTask):
     HMDB51.
     """
 
-    chance, outputs = 1 / 2, 2
+    chance, outputs, shortest = 1 / 2, 2, 4  # of fewer frames many a shuffle is in order
 
     def views(self, videos: Videos, rng: Generator) -> tuple[Clips, Choice]:
         """Return clips of half of the batch in order, then the same shuffled, and which are."""
@@ -41,7 +41,7 @@ class TemporalCoherence(PretextTask):
     Published for AlexNet, fine-tuned: 60.3 % on UCF101, 32.5 % on HMDB51.
     """
 
-    chance, outputs = 1 / 3, 1
+    chance, outputs, shortest = 1 / 3, 1, 4  # half of fewer runs backwards unseen
 
     def views(self, videos: Videos, rng: Generator) -> tuple[Clips, Tensor]:
         """Return half of the clips intact, swapped and returning, and the intact one's place."""
@@ -66,10 +66,13 @@ class PlaybackPace(PretextTask):
 
     def views(self, videos: Videos, rng: Generator) -> tuple[Clips, Choice]:
         """Return clips and the index of each one's stride."""
-        longest = (videos.shape[1] - 1) // (self.length - 1)
-        usable = torch.tensor([stride for stride in self.strides if stride <= longest])
-        target = torch.randint(len(usable), (len(videos),), generator=rng)
-        return draw_clips(videos, self.length, usable[target], rng), target.to(videos.device)
+        needed = 1 + (self.length - 1) * max(self.strides)
+        if videos.shape[1] < needed:
+            problem = f"clips of {self.length} frames at pace {max(self.strides)} need {needed}"
+            raise ValueError(f"{problem} kept frames of a video, not {videos.shape[1]}")
+        target = torch.randint(len(self.strides), (len(videos),), generator=rng)
+        strides = torch.tensor(self.strides)[target]
+        return draw_clips(videos, self.length, strides, rng), target.to(videos.device)
 
 
 class ClipOrder(PretextTask):
