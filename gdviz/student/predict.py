@@ -119,7 +119,7 @@ def open_source(source: str | BinaryIO, raw: str = "") -> Any:
 
 
 class Reel:
-    """Frames of an open video with their times; ``warning`` says where damage ended them."""
+    """Frames of an open video with their times; ``warning`` says where they ended too early."""
 
     def __init__(self, container: Any) -> None:
         if not container.streams.video:
@@ -127,6 +127,10 @@ class Reel:
         stream = container.streams.video[0]
         self.frames, self.count, self.end, self.warning = container.decode(stream), 0, 0.0, ""
         self.rate = float(stream.average_rate or stream.guessed_rate or 25)
+        told = stream.duration * stream.time_base if stream.duration else 0
+        if not told and len(container.streams) == 1:  # else it may be the sound's
+            told = (container.duration or 0) / av.time_base
+        self.told = float(told)  # seconds that the file says it lasts; 0: it does not say
 
     def __iter__(self) -> Iterator[tuple[float, Any]]:
         try:
@@ -134,6 +138,9 @@ class Reel:
                 now = float(frame.time) if frame.time is not None else self.count / self.rate
                 self.count, self.end = self.count + 1, now + 1 / self.rate
                 yield now, frame
+            if self.end < 0.9 * self.told - 0.5:
+                of = f"of {self.told:.1f} s that it tells of"
+                self.warning = f"labelled up to {self.end:.1f} s, {of}"
         except FFmpegError as error:
             where = f"labelled up to {self.end:.1f} s, where it is damaged"
             self.warning = f"{where} ({error.strerror})"

@@ -31,9 +31,11 @@ def refuse(i: int) -> None:
 def note(folder: str, i: int) -> None:
     """Say that a job began; the first one fails late, the second takes longer."""
     (Path(folder) / f"began-{i}").touch()
-    time.sleep((0.3, 0.6, 0)[min(i, 2)])
     if i == 0:
+        while not (Path(folder) / "began-1").exists():
+            time.sleep(0.01)
         raise UserError("job 0")
+    time.sleep(0.5 if i == 1 else 0)
     (Path(folder) / f"ended-{i}").touch()
 
 

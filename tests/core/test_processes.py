@@ -94,10 +94,11 @@ def test_an_error_where_results_are_told_ends_the_workers():
     def full(*_: object) -> None:
         raise OSError("disk is full")
 
+    over_processes(os.getpid, [()] * 2, 2, title=None)  # processes are made faster from now on
     began = time.monotonic()
     with pytest.raises(OSError, match="full"):
         over_processes(work, [(1,), (4,)], 2, title=None, each=full)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50  # the second job sleeps a minute
     assert_nothing_is_left()
 
 

@@ -255,3 +255,15 @@ def test_a_corrected_label_of_several_makes_another_set(video_folder, tmp_path):
 
     assert stamp(("a", "b")) == stamp(("a", "b"))
     assert len({stamp(("a", "b")), stamp(("a",)), stamp(("b",))}) == 3
+
+
+def test_a_corrected_label_or_group_of_a_list_makes_another_set(video_folder, tmp_path):
+    files = sorted(video_folder(count=4).rglob("*.mp4"))
+    splits = ["train", "train", "train", "test"] * 2
+
+    def stamp(label: str, group: str) -> str:
+        rows = zip(files, [label, *"aaabbbb"], [group, *"1234567"], splits, strict=True)
+        videos, view = [Video(*row) for row in rows], View(size=8, frames=4, length=2)
+        return open_videos(videos, view, tmp_path / "cache", name="list").fingerprint
+
+    assert len({stamp("a", "0"), stamp("b", "0"), stamp("a", "9")}) == 3

@@ -61,10 +61,17 @@ def test_answering_costs_a_clip_of_each_video(monkeypatch):
     assert estimate.hours_of(profile, count, "cpu") == {"teachers": 4 * 30, "students": 2 * 30}
 
 
-def test_training_takes_longer_than_answering():
-    net = estimate.build_student("tiny8", 3)
+def test_training_is_timed_with_its_gradient_and_answering_without(monkeypatch):
+    net, now = estimate.build_student("tiny8", 3), [0.0]
+
+    def pass_by(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(estimate, "perf_counter", lambda: now[0])
+    net.register_forward_hook(lambda *_: pass_by(1))
+    net.fc.weight.register_hook(lambda grad: pass_by(2))
     training, answering = estimate.clip_seconds(net, SMOKE.view, Schedule(epochs=1), "cpu")
-    assert training > answering > 0
+    assert (training, answering) == (3 / 4, 1 / 4)  # of four clips
 
 
 def test_videos_are_counted_or_told(tmp_path):

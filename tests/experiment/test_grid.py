@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -35,6 +36,7 @@ SMALL = """
 "distillation.student" = "tiny4"
 "distillation.schedule" = {epochs = 2, batch = 8, min_steps = 2}
 "distillation.labelled-batch" = 4
+"distillation.edges.refreshes" = 2
 """
 
 
@@ -54,6 +56,9 @@ def test_a_plan_changes_its_profile_by_flags(plan):
     assert fewer.distillation.edges.components == 2
     assert main.distillation == PROFILES["specialists"].distillation
     assert main.methods == fewer.methods == ("kd-uniform", "both-graphs", "kd-truth")
+    for runs in read.runs(Path("out"), Path("data"), "cpu"):  # all is drawn anew
+        drawn = [(run.profile.motion.seed, run.profile.seeds) for run in runs]
+        assert drawn == [(1, (1,)), (2, (2,)), (3, (3,))]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +134,14 @@ def test_videos_of_one_s_own_are_decoded_before_draws_begin(made, tmp_path, monk
     with pytest.raises(StopIteration):
         grid.execute(plan, tmp_path / "out", tmp_path / "data", "cpu", 2)
     assert done == [*(str(tmp_path / f"list_{draw}.csv") for draw in (1, 2)), "runs"]
+
+
+def test_homes_share_no_video_with_the_run_nor_with_each_other(made):
+    folder, read, _ = made
+    (run,), _ = read.runs(folder / "out", folder / "data", "cpu")
+    sets = [run.videos(), *map(run.home, run.profile.teachers.tasks)]
+    drawn = [seed for videos in sets for seed in videos.groups]  # a group is a video's seed
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_teachers_of_an_earlier_setting_are_taken_from_there(made):

@@ -111,3 +111,9 @@ def test_a_large_set_gives_few_frames_a_video_and_one_at_least(monkeypatch):
         monkeypatch.setattr(metrics, "FRAMES", most)
         frames, middle, mean = metrics._small(videos, rows)
         assert (frames.shape[1], len(middle), len(mean)) == (each, 6, 6)
+
+
+def test_the_calibration_error_is_the_gap_of_each_bin_by_its_share():
+    sure = torch.tensor([0.95, 0.95, 0.65, 0.65])
+    found = metrics.calibration_error(torch.stack([sure, 1 - sure], 1), torch.tensor([0, 1, 0, 0]))
+    assert found == pytest.approx((2 * 0.45 + 2 * 0.35) / 4)

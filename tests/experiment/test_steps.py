@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from runs import assert_same_run, start
+from torch import nn
 
 from gdviz.config import Schedule
 from gdviz.core import loop
@@ -27,6 +29,8 @@ from gdviz.experiment import steps
 from gdviz.experiment.folder import Run, claim_folder, open_run
 from gdviz.experiment.steps import execute
 from gdviz.student.methods import ThroughBothGraphs
+from gdviz.teachers.own import OwnView, Tapped
+from runs import assert_same_run, start
 
 
 def another(run: Run, folder: Path, **changes) -> Run:
@@ -68,6 +72,29 @@ def test_a_control_of_one_s_own_is_taught_nothing_of_the_right_clips(finished, m
     with pytest.raises(StopIteration):
         steps.train_student(finished, 0, "mine")
     assert asked == ["shuffled"]
+
+
+def test_a_run_with_another_network_of_one_s_own_is_refused(finished, tmp_path, monkeypatch):
+    mine, videos = types.ModuleType("mine"), finished.videos()
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    teachers = replace(TINY.teachers, tasks=("order", "mine:net"))
+    run = another(finished, tmp_path / "run", profile=replace(TINY, teachers=teachers))
+    for size in (2, 2, 3):
+        mine.net = lambda size=size: Tapped(nn.Conv3d(3, size, 1), "", OwnView(16, 4))
+        refused = pytest.raises(UserError, match=r"--teachers\.tasks mine:net differ")
+        with refused if size == 3 else nullcontext():
+            claim_folder(run, videos)
+
+
+def test_a_home_with_other_classes_is_refused(tmp_path, monkeypatch):
+    pixels, splits = np.zeros((2, 2, 4, 4, 3), np.uint8), ["train", "train"]
+    own, home = (
+        VideoSet.from_arrays(pixels, [0, 1], splits, label_names=names) for names in ("ab", "ac")
+    )
+    monkeypatch.setattr(Run, "videos", lambda run, workers=1: own)
+    monkeypatch.setattr(Run, "home", lambda run, task, workers=1: home)
+    with pytest.raises(UserError, match="order: its home has other classes, 'b' is one"):
+        steps.begin(Run(TINY, tmp_path / "run", cache=tmp_path), 1)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(finished, tmp_path):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from gdviz.core.files import load_json
+from gdviz.core.files import load_json, load_tensors
+from gdviz.experiment import tables
 from gdviz.experiment.tables import _chance, _scaled, evaluation, gains, spread, table
 from gdviz.teachers.bank import calibration_temperature
 
@@ -15,8 +16,13 @@ def test_the_table_holds_every_result(finished):
     for row in finished.results().itertuples():
         (line,) = [line for line in text.splitlines() if f"{row.kind}: {row.name} " in line]
         assert line.split()[-1] == f"{100 * row.accuracy:.1f}"
-    assert "baseline: metadata" in text and "times smaller" in text
     summary = load_json(finished.folder / "summary.json")
+    smaller, fewer = (
+        sum(t[key] for t in summary["teacher"].values()) / summary["student"][key]
+        for key in ("params", "gflops")
+    )
+    assert f"{smaller:.1f} times smaller, {fewer:.1f} times fewer FLOPs" in text
+    assert "baseline: metadata" in text
     (low, high), ratio = summary["ratio"]["latency_ms_quartiles"], summary["ratio"]["latency_ms"]
     assert 0 < low <= ratio <= high
     assert f"{ratio:.1f} times faster (quartiles {low:.1f} and {high:.1f})" in text
@@ -51,8 +57,16 @@ def test_chance_of_retrieval_is_what_blind_draws_give():
     assert found["top-1"] == pytest.approx(2 / 3) and found["R@1"] == pytest.approx(1 / 4)
 
 
-def test_a_finished_run_is_evaluated(finished):
+def test_a_finished_run_is_evaluated(finished, monkeypatch):
+    probed, real = [], tables.predict
+    monkeypatch.setattr(
+        tables, "predict", lambda net, *rest: probed.append(net) or real(net, *rest)
+    )
     text = evaluation(finished)
+    for net, task in zip(probed, TINY.teachers.tasks, strict=True):  # as before any label
+        kept = load_tensors(finished.teacher_folder(0, task) / "teacher.safetensors")
+        for name, x in net.backbone.state_dict().items():
+            assert torch.equal(x, kept[f"pretrained.{name}"])
     lines = {line.split("  ")[0]: line for line in text.splitlines() if line}
     for row in finished.results().itertuples():
         numbers = lines[f"{row.kind}: {row.name}"].split()[2:]

@@ -31,11 +31,12 @@ def test_all_weight_on_one_teacher_makes_it_the_consensus(batch):
 
 def test_loss_is_its_formula(batch):
     graph, z, p, w = batch
-    b, q = graph.consensus(p, w), (z / 2).softmax(-1)
+    graph = LogitsGraph("abc", graph.cost, eps=0.1, beta=0.5, temperature=3.0, tol=1e-7)
+    b, q = graph.consensus(p, w), (z / 3).softmax(-1)
     s = 1 - torch.special.entr(b).sum(-1) / np.log(5)
     targets = [sinkhorn_divergence(q, x, graph.cost, eps=0.1) for x in (*p.unbind(1), b)]
-    per_clip = sum(w[:, k] * targets[k] for k in range(3)) + targets[3]
-    expected = 2.0 * (s / s.mean() * per_clip).mean()
+    per_clip = sum(w[:, k] * targets[k] for k in range(3)) + 0.5 * targets[3]
+    expected = 3.0 * (s / s.mean() * per_clip).mean()
     for given in ((), (b,)):
         torch.testing.assert_close(graph.loss(z, p, w, *given), expected, atol=1e-6, rtol=1e-5)
 

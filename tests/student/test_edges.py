@@ -92,10 +92,13 @@ def test_pairs_are_weighed_by_what_their_features_tell_out_of_fold():
     assert pairs[0] > 2 * pairs[1:].max()
 
 
-def test_edges_do_not_see_labels_outside_the_labelled_part():
-    bank, truth = draw_bank(2.0, 1.0)
-    assert (bank.labels[LABELLED:] == -1).all()
-    assert torch.equal(bank.labels[:LABELLED], truth[:LABELLED])
+def test_the_graphs_are_those_of_the_settings():
+    bank, _ = draw_bank(3.0, 1.0)
+    told = {"eps": 0.7, "beta": 0.2, "temperature": 3.0}
+    cfg = replace(CFG, distance="coral", cost_shrink=1.0, **told)
+    logits, pairs = build_graphs(bank, torch.arange(50), cfg, 4)
+    assert logits.settings.items() >= told.items() and pairs.settings["distance"] == "coral"
+    torch.testing.assert_close(logits.cost, zero_one_cost(CLASSES))
 
 
 def test_the_moment_in_force():

@@ -153,6 +153,15 @@ def test_a_policy_that_sees_labels_does_not_sharpen_calibrated_teachers(setting,
     assert ((method.calibrated - 1).abs() < 0.06).all(), method.calibrated
 
 
+def test_teachers_of_a_policy_are_softened_by_the_temperatures_under_its_weights(setting, batch):
+    method = find_method("kd-ebkd", NAMES)(setting)
+    assert torch.equal(method.calibrated, setting.bank.recalibrated(method.fixed))
+    method.calibrated = torch.tensor([3.0, 0.5])
+    probs = torch.softmax(setting.bank.logits[batch.rows] / method.calibrated[:, None], -1)
+    expected = kd_loss(batch.logits, probs, method.fixed[batch.rows], 1.0)
+    torch.testing.assert_close(losses(method, setting, batch)["kd"], expected)
+
+
 @pytest.mark.parametrize("name", ["wkd", "kd-best"])
 def test_a_student_that_says_what_its_teacher_says_is_left_alone(setting, batch, name):
     method = METHODS[name](setting)

@@ -82,6 +82,8 @@ def test_of_a_short_stretch_the_last_frame_is_held_where_training_keeps_a_frame_
     apart = np.abs(seen[0].astype(float) - frames.numpy())
     assert (apart.mean((1, 2, 3)) > 2).sum() <= 2  # a frame early or late
     assert (seen[0][6:] == seen[0][-1]).all() and (seen[0][0] != seen[0][3]).any()
+    long = student.predict(video("long.mp4", frames=84))  # 7 s: less than half is left over
+    assert [(p.start, p.end) for p in long] == [(0, 3), (3, 6)]
 
 
 def test_after_a_gap_in_the_time_stamps_stretches_go_on_as_before():
@@ -231,6 +233,7 @@ def test_a_file_that_ends_in_damage_is_labelled_as_far_as_it_goes(exported, tmp_
     (whole,) = student.predict(str(path))
     (part,) = student.predict(damaged(str(path)))
     assert 0 < part.end < whole.end
+    assert part.warning == "labelled up to 0.3 s, of 3.3 s that it tells of" and not whole.warning
     with pytest.raises(CannotLabel):
         student.predict(str(tmp_path / "none.mp4"))
 

@@ -26,7 +26,8 @@ def world(seed: int = 0, homes: bool = True, constant: bool = False) -> tuple[Ba
         clips = (look[domain] + torch.randn(count, 6, generator=rng)) @ mix
         own = (look[k] + torch.randn(150, 6, generator=rng)) @ mix
         said = torch.where(domain == k, truth, torch.randint(CLASSES, (count,), generator=rng))
-        z = 3.0 * torch.nn.functional.one_hot(said, CLASSES) + torch.randn(count, CLASSES)
+        noise = torch.randn(count, CLASSES, generator=torch.Generator().manual_seed(100 + k))
+        z = 3.0 * torch.nn.functional.one_hot(said, CLASSES) + noise
         if constant and k == 2:
             z, clips, own = torch.zeros_like(z), torch.zeros_like(clips), torch.zeros_like(own)
         logits.append(z)

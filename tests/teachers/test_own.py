@@ -3,6 +3,7 @@
 import copy
 import sys
 import types
+from collections import OrderedDict
 from dataclasses import replace
 from functools import cache
 
@@ -145,18 +146,24 @@ def test_frozen_networks_stay_in_eval_mode_and_keep_no_gradient(clips):
 
 
 def test_a_stamp_tells_how_a_network_is_read(videos):
+    def net(classes=3):
+        torch.manual_seed(0)
+        pool = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten())
+        parts = {"layer3": nn.Conv3d(3, 4, 1), "layer4": nn.Conv3d(4, 4, 1), "pool": pool}
+        return nn.Sequential(OrderedDict(parts | {"fc": nn.Linear(4, classes)}))
+
     teachers = [
-        Tapped(r3d(), "layer4", SMALL),
-        Tapped(r3d(), "layer3", SMALL),
-        Tapped(r3d(), "layer4", LARGE),
-        Tapped(r3d(), "layer4", SMALL, channels=2),
-        Tapped(r3d(), "layer4", OwnView(16, 4, **PLAIN)),
-        Tapped(r3d(), "layer4", OwnView(16, 4, std=(0.2,) * 3)),
-        Tapped(r3d(classes=4), "layer4", SMALL),
+        Tapped(net(), "layer4", SMALL),
+        Tapped(net(), "layer3", SMALL),
+        Tapped(net(), "layer4", LARGE),
+        Tapped(net(), "layer4", SMALL, channels=2),
+        Tapped(net(), "layer4", OwnView(16, 4, **PLAIN)),
+        Tapped(net(), "layer4", OwnView(16, 4, std=(0.2,) * 3)),
+        Tapped(net(classes=4), "layer4", SMALL),
     ]
     stamps = [stamp_of([OwnBackbone(teacher)], videos, VIEW) for teacher in teachers]
     assert len(set(stamps)) == len(stamps)
-    assert stamp_of([OwnBackbone(Tapped(r3d(), "layer4", SMALL))], videos, VIEW) == stamps[0]
+    assert stamp_of([OwnBackbone(Tapped(net(), "layer4", SMALL))], videos, VIEW) == stamps[0]
 
 
 class Returns(nn.Module):

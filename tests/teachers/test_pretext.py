@@ -282,6 +282,7 @@ def test_without_training_or_anything_to_see_a_task_is_at_chance(name):
     scores = []
     for seed in range(12):
         rng = Generator().manual_seed(seed)
+        torch.manual_seed(seed)
         backbone, task = build_backbone("tiny4"), TASKS[name](16, LENGTH, 2)
         noise = torch.randn(32, 12, 3, 16, 16, generator=rng)
         with torch.no_grad():
