@@ -127,12 +127,17 @@ def _no_umap(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def exported(finished, tmp_path_factory) -> Path:
-    """The folder of that run's student, exported."""
+def exported_card(finished, tmp_path_factory) -> tuple[Path, dict]:
+    """The folder of that run's student, exported, and what its model card says."""
     pytest.importorskip("onnxscript")
     out = tmp_path_factory.mktemp("export") / "student"
-    export(finished, out)
-    return out
+    return out, export(finished, out)
+
+
+@pytest.fixture(scope="session")
+def exported(exported_card) -> Path:
+    """The folder of that run's student, exported. Look at it, do not change it."""
+    return exported_card[0]
 
 
 def _shared_video(name: str) -> Path:

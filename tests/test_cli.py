@@ -130,6 +130,7 @@ def test_damaged_and_missing_videos_are_skipped_and_listed(gdviz, tmp_path, vide
     rows = [f"videos/{p.relative_to(root)},{p.parent.name}" for p in sorted(root.rglob("*.mp4"))]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows, "videos/gone.mp4,b"]))
     flags = ("--data", "list.csv", "--workers", "1", "--methods", "labels", "--cache", "cache")
+    flags += ("--teachers.tasks", "order", "--teachers.strides", "2")
     code, text = gdviz("run", *flags, "--out", "run")
     assert code == 0, text
     for line in (

@@ -219,7 +219,8 @@ def test_contenders_are_students_each_kind_of_teacher_all_of_them_and_yardsticks
         contenders(cfg, ("light",), (), view, 5)
 
 
-def test_the_command_writes_what_it_prints(finished, tmp_path, capsys):
+def test_the_command_writes_what_it_prints(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_module, "BATCHES", (1,))
     words = f"{finished.folder} --students light-xs --yardsticks shift-small --no-compiled"
     out = tmp_path / "new" / "bench.json"
     commands.execute("bench", [*words.split(), "--out", str(out)])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,14 +21,8 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 
-@pytest.fixture(scope="module")
-def made(finished, tmp_path_factory):
-    out = tmp_path_factory.mktemp("export") / "student"
-    return out, export(finished, out)
-
-
-def test_the_folder_holds_models_labels_and_a_card(made, finished):
-    out, card = made
+def test_the_folder_holds_models_labels_and_a_card(exported_card, finished):
+    out, card = exported_card
     videos = finished.videos()
     assert json.loads((out / "labels.json").read_text()) == list(videos.label_names)
     for line in (out / "SHA256SUMS").read_text().splitlines():
@@ -43,8 +38,8 @@ def test_the_folder_holds_models_labels_and_a_card(made, finished):
     assert f"0 of {card['convolutions']} convolutions" in text
 
 
-def test_its_answers_are_those_of_the_run(made, finished):
-    out, card = made
+def test_its_answers_are_those_of_the_run(exported_card, finished):
+    out, card = exported_card
     videos, student = finished.videos(), predict.load_student(out)
     file = finished.student_folder(0, "both-graphs") / "outputs.safetensors"
     logits = module.load_tensors(file)["logits"]
@@ -54,8 +49,8 @@ def test_its_answers_are_those_of_the_run(made, finished):
         np.testing.assert_allclose(p, expected.numpy(), atol=1e-4)
 
 
-def test_it_sees_the_clips_that_were_tested_on(made, finished):
-    out, _ = made
+def test_it_sees_the_clips_that_were_tested_on(exported_card, finished):
+    out, _ = exported_card
     videos, view, student = finished.videos(), finished.profile.view, predict.load_student(out)
     seen = []
 
@@ -71,17 +66,20 @@ def test_it_sees_the_clips_that_were_tested_on(made, finished):
     np.testing.assert_allclose(seen[0], expected.numpy(), atol=1e-5)
 
 
-def test_its_temperature_is_the_one_that_calibrates(made, finished):
+def test_its_temperature_is_the_one_that_calibrates(exported_card, finished):
     videos = finished.videos()
     file = finished.student_folder(0, "both-graphs") / "outputs.safetensors"
     test = videos.rows("test")
     logits = module.load_tensors(file)["logits"][test]
-    assert made[1]["temperature"] == calibration_temperature(logits, videos.labels[test]) != 1
+    assert (
+        exported_card[1]["temperature"] == calibration_temperature(logits, videos.labels[test]) != 1
+    )
 
 
-def test_another_method_is_exported_and_an_unknown_one_is_named(finished, tmp_path):
-    assert export(finished, tmp_path / "a", method="labels")["method"] == "labels"
-    assert export(finished, tmp_path / "a")["method"] == "both-graphs"  # replaces an export
+def test_another_method_is_exported_and_an_unknown_one_is_named(finished, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "a")
+    assert export(finished, tmp_path / "a", method="labels")["method"] == "labels"  # replaces it
+    assert "`labels`" in (tmp_path / "a" / "README.md").read_text()
     with pytest.raises(UserError, match=r"no student 'lables'.*labels, kd-best"):
         export(finished, tmp_path / "b", method="lables")
     with pytest.raises(UserError, match="seeds 0"):
@@ -103,8 +101,8 @@ def test_nothing_is_left_where_onnx_answers_otherwise(finished, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_several_labels_are_answered_one_by_one(made, finished):
-    out, _ = made
+def test_several_labels_are_answered_one_by_one(exported_card, finished):
+    out, _ = exported_card
     student = predict.load_student(out)
     student.about = student.about | {"several": True}
     frames = finished.videos().batch(torch.tensor([0]))[0].numpy()

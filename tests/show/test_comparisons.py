@@ -49,8 +49,6 @@ def test_every_measure_of_an_experiment_is_drawn(tmp_path):
         "accuracy_students.png",
         "accuracy_contrasts.png",
     }
-    first = [p.read_bytes() for p in paths]
-    assert [p.read_bytes() for p in draw_comparisons(tmp_path / "table")] == first
 
 
 def test_no_name_is_cut():
