@@ -1,5 +1,6 @@
 """What users of other video packages reported, here (docs/robustness.md names each report)."""
 
+import os
 import re
 import sys
 
