@@ -65,9 +65,10 @@ def at_112(seed: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
-        if all(word.isdecimal() for word in sys.argv[1:]):
+        words = sys.argv[1:] or ["0"]
+        if all(word.isdecimal() for word in words):
             print("student,seed,clips,right,alike")
-            for word in sys.argv[1:]:
+            for word in words:
                 at_112(int(word), Path(folder))
         else:
-            of_runs(sys.argv[1:], Path(folder))
+            of_runs(words, Path(folder))

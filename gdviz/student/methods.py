@@ -241,10 +241,14 @@ class KDByPolicy(KDByLearnedEdges):
     def weights(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> Tensor:
         if not self.follows:
             return super().weights(batch, bank, edges, moment)
+        each, cases = bank.cases_each, bank.cases(batch.rows)
         student = torch.softmax(batch.logits.detach() / self.cfg.temperature, 1)
-        cases = bank.cases(batch.rows)
         probs = bank.probs(self.cfg.temperature)[cases].to(student)
-        return type(self).policy(probs, batch.to(bank.labels[cases]), student)
+        # Of several labels the cases of a video are one distribution, over (class, is it there?).
+        video = probs.unflatten(0, (-1, each)).transpose(1, 2).flatten(2) / each  # (b, k, each c)
+        own = student.unflatten(0, (-1, each)).flatten(1) / each
+        weights = type(self).policy(video, batch.to(bank.labels[cases[::each]]), own)
+        return weights.repeat_interleave(each, 0)
 
 
 class KDByOne(KDByLearnedEdges):

@@ -136,14 +136,13 @@ class Reel:
         try:
             for frame in self.frames:
                 now = float(frame.time) if frame.time is not None else self.count / self.rate
-                self.count, self.end = self.count + 1, now + 1 / self.rate
+                span = float(frame.duration * frame.time_base) if frame.duration else 0.0
+                self.count, self.end = self.count + 1, now + max(span, 1 / self.rate)
                 yield now, frame
             if self.end < 0.9 * self.told - 0.5:
-                of = f"of {self.told:.1f} s that it tells of"
-                self.warning = f"labelled up to {self.end:.1f} s, {of}"
+                self.warning = f"breaks off at {self.end:.1f} s of {self.told:.1f} s"
         except FFmpegError as error:
-            where = f"labelled up to {self.end:.1f} s, where it is damaged"
-            self.warning = f"{where} ({error.strerror})"
+            self.warning = f"is damaged from {self.end:.1f} s on ({error.strerror})"
 
 
 def cut(
@@ -240,12 +239,14 @@ class Student:
             for stretch, end in cut(reel, size, window, every or window):
                 # What is left at the end is labelled if half of a stretch is there.
                 enough = not window or not labelled or end - stretch.start >= window / 2
+                enough = enough or reel.warning
                 if stretch.seen > 1 and enough:
                     yield self._prediction(name, stretch, end, reel.warning)
                     labelled += 1
         if not labelled:
-            frames = f"{reel.count} frame{'s' * (reel.count != 1)} only: nothing moves"
-            raise CannotLabel(reel.warning or frames)
+            told = f"; it {reel.warning}" if reel.warning else ""
+            frames = f"{reel.count} frame{'s' * (reel.count != 1)} only"
+            raise CannotLabel(f"{frames}: nothing moves{told}")
 
     def predict(self, source: str | BinaryIO, **options: Any) -> list[Prediction]:
         """Return what :meth:`stream` yields: one prediction a video, or one a stretch."""
@@ -322,7 +323,7 @@ def main(words: list[str] | None = None) -> int:
             for found in student.stream(video, window=window, every=args.every, raw=args.raw):
                 _show(found, args.format, writer)
                 if found.warning:
-                    print(f"{video}: {found.warning}", file=sys.stderr)
+                    print(f"{video}: {found.warning}; labelled so far", file=sys.stderr)
         except CannotLabel as error:
             print(f"{video}: {error}", file=sys.stderr)
             failed += 1

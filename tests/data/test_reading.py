@@ -373,7 +373,9 @@ def test_an_index_is_looked_into_by_its_key_not_loaded(tmp_path, monkeypatch):
     asked = [line for line in said if line.startswith("SELECT")]
     with closing(connect(index)) as db:
         plans = {db.execute(f"EXPLAIN QUERY PLAN {line}").fetchone()[3] for line in asked}
-    assert len(asked) == 10 and plans == {"SEARCH verdicts USING PRIMARY KEY (path=?)"}
+    (plan,) = plans
+    assert len(asked) == 10
+    assert plan.replace("TABLE ", "") == "SEARCH verdicts USING PRIMARY KEY (path=?)"
 
 
 @pytest.mark.slow

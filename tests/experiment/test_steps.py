@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from runs import assert_same_run, start
 from torch import nn
 
 from gdviz.config import Schedule
@@ -30,7 +31,6 @@ from gdviz.experiment.folder import Run, claim_folder, open_run
 from gdviz.experiment.steps import execute
 from gdviz.student.methods import ThroughBothGraphs
 from gdviz.teachers.own import OwnView, Tapped
-from runs import assert_same_run, start
 
 
 def another(run: Run, folder: Path, **changes) -> Run:

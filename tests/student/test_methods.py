@@ -140,6 +140,23 @@ def test_dkd_takes_the_label_where_one_is_known(setting, batch):
     torch.testing.assert_close(losses(method, told, batch)["dkd"], expected)
 
 
+def test_aekd_weighs_teachers_of_several_labels_by_all_classes_of_the_batch(setting):
+    g, each = Generator().manual_seed(0), 5
+    logits = torch.randn(8 * each, 3, 2, generator=g)
+    labels, fold = torch.zeros(8 * each, dtype=torch.long), torch.zeros(8, dtype=torch.long)
+    bank = Bank(("a", "b", "c"), setting.bank.readouts[:1] * 3, logits, labels, fold)
+    method = METHODS["kd-aekd"](replace(setting, bank=bank))
+    z = torch.randn(4 * each, 2, generator=g)
+    batch = Batch(torch.arange(4), None, z, torch.zeros(4, 16), g)
+    w = method.weights(batch, bank, setting.graphs.edges, 0)
+    assert w.shape == (4 * each, 3) and (w == w[0]).all()
+    gap = (z.softmax(-1)[:, None] - logits[: 4 * each].softmax(-1)).unflatten(0, (4, each)).mean(0)
+    gap = gap.transpose(0, 1).flatten(1)  # [k, each * 2]: classes are kept apart
+    others = torch.distributions.Dirichlet(torch.ones(3)).sample((4000,))
+    others = others[others.max(1).values <= 0.6]
+    assert (w[0] @ gap).norm() <= (others @ gap).norm(dim=1).min() + 1e-6
+
+
 @pytest.mark.parametrize("policy", ["camkd", "entropic", "ebkd", "kendall"])
 def test_a_policy_that_sees_labels_does_not_sharpen_calibrated_teachers(setting, policy):
     """Labels are drawn from what the teachers say, so that every temperature is right at 1."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -84,6 +85,34 @@ def test_of_a_short_stretch_the_last_frame_is_held_where_training_keeps_a_frame_
     assert (seen[0][6:] == seen[0][-1]).all() and (seen[0][0] != seen[0][3]).any()
     long = student.predict(video("long.mp4", frames=84))  # 7 s: less than half is left over
     assert [(p.start, p.end) for p in long] == [(0, 3), (3, 6)]
+
+
+def test_a_video_whose_last_frame_stays_is_whole_and_one_frame_of_a_broken_one_is_told(
+    exported, tmp_path
+):
+    def write(name: str, frames: int, last: int) -> str:
+        with av.open(str(tmp_path / name), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=10, options={"bf": "0", "g": "1"})
+            stream.width = stream.height = 48
+            for n, pixels in enumerate(render(1, 3, size=48, frames=frames)):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts, frame.time_base = n, Fraction(1, 10)
+                for packet in stream.encode(frame):
+                    container.mux(packet)
+            *packets, ending = stream.encode()
+            ending.duration = last  # tenths of a second
+            for packet in (*packets, ending):
+                container.mux(packet)
+        return str(tmp_path / name)
+
+    student = predict.load_student(exported)
+    (found,) = student.predict(write("stays.mp4", 12, 400))
+    assert not found.warning and found.end > 40
+    path = write("cut.mp4", 33, 1)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: data.index(b"mdat") + 1500])
+    with pytest.raises(CannotLabel, match=r"^1 frame only: nothing moves; it is damaged from 0.1 s"):
+        student.predict(path)
 
 
 def test_after_a_gap_in_the_time_stamps_stretches_go_on_as_before():
@@ -233,7 +262,9 @@ def test_a_file_that_ends_in_damage_is_labelled_as_far_as_it_goes(exported, tmp_
     (whole,) = student.predict(str(path))
     (part,) = student.predict(damaged(str(path)))
     assert 0 < part.end < whole.end
-    assert part.warning == "labelled up to 0.3 s, of 3.3 s that it tells of" and not whole.warning
+    assert part.warning == "breaks off at 0.3 s of 3.3 s" and not whole.warning
+    cut = student.predict(str(path), window=0.2)[-1]  # what is left over is less than a tenth
+    assert cut.warning == part.warning
     with pytest.raises(CannotLabel):
         student.predict(str(tmp_path / "none.mp4"))
 
