@@ -111,7 +111,9 @@ def test_a_video_whose_last_frame_stays_is_whole_and_one_frame_of_a_broken_one_i
     path = write("cut.mp4", 33, 1)
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: data.index(b"mdat") + 1500])
-    with pytest.raises(CannotLabel, match=r"^1 frame only: nothing moves; it is damaged from 0.1 s"):
+    with pytest.raises(
+        CannotLabel, match=r"^1 frame only: nothing moves; it is damaged from 0.1 s"
+    ):
         student.predict(path)
 
 
