@@ -161,7 +161,9 @@ def test_the_numbers_of_the_docs_are_those_of_the_results():
         assert f" | {spread(gained[name])} |\n" in text
 
 
-@pytest.mark.parametrize("name", ["unnamed", "unnamed_again", "ut_interaction", "family"])
+@pytest.mark.parametrize(
+    "name", ["baselines", "unnamed", "unnamed_again", "ut_interaction", "family"]
+)
 def test_other_tables_are_those_of_their_results_files(name, tmp_path):
     shutil.copytree(REPO / "docs/results" / name, tmp_path / "table")
     page = (REPO / "docs/results.md").read_text()

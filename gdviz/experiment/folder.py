@@ -49,7 +49,7 @@ from gdviz.experiment.checks import stamp_own_teachers
 from gdviz.student.edges import Graphs, open_graphs
 from gdviz.teachers.bank import Bank, gather, open_readout
 
-VERSION = 5  # raise when results change: folders of older code are then refused
+VERSION = 6  # raise when results change: folders of older code are then refused
 Workers = int | Cluster
 
 
