@@ -9,6 +9,7 @@ There `light-mm` (light-m, which sees a clip minus its mean frame) learns the em
 anew by each seed.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ def of_runs(runs: list[str], folder: Path) -> None:
 
 
 def at_112(seed: int, folder: Path) -> None:
-    videos = load_motion(replace(DATA, seed=seed), VIEW, Path("data"))
+    videos = load_motion(replace(DATA, seed=seed), VIEW, Path("data"), workers=os.cpu_count() or 1)
     torch.manual_seed(seed)
     student, rows = build_student("light-mm", len(videos.label_names)), videos.rows("train")
 
