@@ -1,7 +1,7 @@
 """How often a student answers the same in int8 as in fp32.
 
     python -m benchmarks.agreement RUN ...    a finished run each: docs/results/family/int8.csv
-    python -m benchmarks.agreement SEED ...   at 16x112x112: docs/results/family/int8_at_112.csv
+    python -m benchmarks.agreement SEED ...   at 16x112x112 (default 0): README.md here
 
 There `light-mm` (light-m, which sees a clip minus its mean frame) learns the embedded motions from
 84 labelled videos a class, drawn at 128x128, without any teacher. It is exported, quantised with

@@ -35,9 +35,8 @@ def main() -> None:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
     else:
-        os.environ["MPLBACKEND"] = (
-            "Agg"  # only files are drawn; one of a notebook may not exist here
-        )
+        # Only files are drawn; the backend of a notebook may not exist here.
+        os.environ["MPLBACKEND"] = "Agg"
         try:
             commands = import_module("gdviz.commands")
         except ModuleNotFoundError as error:

@@ -257,3 +257,11 @@ def test_as_a_program(tmp_path):
     assert done.stderr.startswith(
         "gdviz: --data list.csv: needs a header line with at least the column 'path'"
     )
+
+
+def test_ranks_take_no_numbered_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(commands.distributed, "start", lambda **_: None)
+    monkeypatch.setattr(commands.distributed, "world", lambda: 2)
+    monkeypatch.setattr(commands, "_device", lambda name: name)
+    with pytest.raises(SystemExit, match=r"--device cuda:1: `torchrun` gives each process"):
+        commands.execute("run", ["--device", "cuda:1"])

@@ -136,7 +136,10 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 
 
 class Notice:
-    """Returns the largest number that a rank gave at the call before: to wait would idle a GPU."""
+    """Tells every rank the largest number that any of them gave, one call later.
+
+    Waiting for the answer would idle a GPU. A single rank hears its own number at once.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pending = device, None

@@ -110,7 +110,7 @@ def _load(
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:
-        told = isinstance(error, ValueError | SafetensorError)  # others advise to trust the file
+        told = isinstance(error, ValueError | SafetensorError)  # torch.load would say: trust it
         reason = str(error).splitlines()[0] if told else type(error).__name__
         raise UserError(f"{path} is {wrong} ({reason}); delete it to {advice}") from None
 

@@ -164,10 +164,10 @@ def _run(training: _Training, keep: Bookkeeping) -> None:
                 if keep.watch:
                     keep.watch(training.module)
             began = monotonic()
-            is_due = distributed.first() and began > due
-            if is_due:
-                due = math.inf
-            told = notice(asked() or int(is_due))  # a signal, or 1: no stop, but save
+            overdue = distributed.first() and began > due
+            if overdue:
+                due = math.inf  # asked for once: several ranks hear of it a step later
+            told = notice(asked() or int(overdue))  # a signal to stop at, or 1 to save and go on
             if keep.checkpoint is not None and (told or step + 1 == total):
                 training.save(keep.checkpoint)
                 took = monotonic() - began
@@ -191,8 +191,9 @@ def train(
     """Train ``module`` in place by AdamW; return one row an epoch, the means of what was logged.
 
     All randomness of an epoch is drawn from (seed, epoch), so a training that was killed and goes
-    on from its checkpoint ends with the same numbers. Every rank gets the whole batch and the same
-    generator, see :mod:`gdviz.core.distributed`; batch norm sees all ranks on GPUs only.
+    on from its checkpoint ends with the same numbers (on a GPU, but for the order in which its
+    kernels add). Every rank gets the whole batch and the same generator, see
+    :mod:`gdviz.core.distributed`; batch norm sees all ranks on GPUs only.
 
     Args:
         module: holds every parameter that is trained, and no other; initialised.
@@ -201,14 +202,14 @@ def train(
         compiled: modules to compile if ``schedule.compile``.
 
     Raises:
-        UserError: fp16 on a CPU, or a damaged checkpoint.
+        UserError: fp16 elsewhere than on an NVIDIA or AMD GPU, or a damaged checkpoint.
         FloatingPointError: the loss is no longer finite.
         Stopped: SIGTERM or Ctrl-C came; the checkpoint holds the last step.
     """
-    on_cpu = next(module.parameters()).device.type == "cpu"
-    if schedule.precision == "fp16" and on_cpu:
-        raise UserError("--*.precision fp16: needs a GPU; bf16 does not")
-    if distributed.world() > 1 and not on_cpu:
+    kind = next(module.parameters()).device.type
+    if schedule.precision == "fp16" and kind != "cuda":
+        raise UserError("--*.precision fp16: needs an NVIDIA or AMD GPU; bf16 does not")
+    if distributed.world() > 1 and kind != "cpu":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     distributed.synchronise(module)
     for part in compiled if schedule.compile else ():

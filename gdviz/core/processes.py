@@ -92,7 +92,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """Answer jobs with (error, result) until the other end closes; the first answer is for none."""
+    """Send (error, result) of each job until the other end closes; at first, that it is ready."""
     # A killed parent cannot stop its children; they would work on, beside its successor's.
     Thread(target=_die_with, args=(parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent obeys it, and stops its children

@@ -31,12 +31,13 @@ def starts_and_strides(
         problem = f"a clip of {length} frames does not fit a video of {frames}"
         raise ValueError(f"{problem}: lower the clip length or raise the frames kept")
     stride = torch.as_tensor(stride).expand(count).clamp(max=(frames - 1) // max(length - 1, 1))
-    room = frames - 1 - stride * (length - 1)  # (b,)
-    drawn = rng is not None
-    share = torch.rand(count, generator=rng) if drawn else torch.as_tensor(place).expand(count)
-    window = (share * windows).long().clamp(max=windows - 1)
-    start = (share * windows - window) * (room + drawn)
-    return window * frames + torch.minimum(start.long(), room), stride
+    last = frames - 1 - stride * (length - 1)  # the last start that fits, (b,)
+    fixed = rng is None
+    place = torch.as_tensor(place).expand(count) if fixed else torch.rand(count, generator=rng)
+    window = (place * windows).long().clamp(max=windows - 1)
+    within = place * windows - window  # 0 to 1; less than 1 where it is drawn
+    start = (within * (last if fixed else last + 1)).long()  # a draw takes each start as often
+    return window * frames + torch.minimum(start, last), stride
 
 
 def pick_frames(

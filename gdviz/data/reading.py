@@ -160,18 +160,19 @@ def _seeks_right(
     return False
 
 
-def _keep(
-    sample: dict[int, tuple[int, av.VideoFrame]],
+def _sample(
+    sample: dict[str, tuple[int, av.VideoFrame]],
     number: int,
     frame: av.VideoFrame,
     rng: np.random.Generator,
 ) -> None:
-    """Keep the first frame, two at random, and the last two of a stream of unknown length."""
-    for slot in 1, 2:
-        if rng.random() * (number + 1) < 1:
-            sample[slot] = number, frame
-    sample.setdefault(0, (number, frame))
-    sample[3], sample[4] = sample.get(4, (number, frame)), (number, frame)
+    """Take the first frame, two at random, and the last two of a stream of unknown length."""
+    new = number, frame
+    for drawn in "one", "another":
+        if rng.random() * (number + 1) < 1:  # in the end each frame is as likely to be here
+            sample[drawn] = new
+    sample.setdefault("first", new)
+    sample["last but one"], sample["last"] = sample.get("last", new), new
 
 
 def _keys(
@@ -263,7 +264,7 @@ def verify(path: Path | str) -> VideoInfo:
             if size != shape:
                 differ = "frame {} is {} x {}, those before {} x {}".format(number, *size, *shape)
                 raise DamagedVideo(differ)
-            _keep(sample, number, frame, rng)
+            _sample(sample, number, frame, rng)
             marks.append(Mark(frame.pts, frame.key_frame, _digest(frame)))
         if len(marks) < 2:
             raise DamagedVideo(f"{len(marks)} frame{'s' * (len(marks) != 1)} only: nothing moves")
@@ -333,12 +334,12 @@ def _by_pyav(
     raise DamagedVideo(f"ends before frame {wanted[0]}: it has changed since it was verified")
 
 
-def _kept(info: VideoInfo, frames: int, fps: float, windows: int) -> list[np.ndarray]:
-    """Return the numbers of the frames of each window, by :func:`read_square`."""
+def _frames_to_read(info: VideoInfo, frames: int, fps: float, windows: int) -> list[np.ndarray]:
+    """Return the numbers of the frames to read, window by window; see :func:`read_square`."""
     if not fps:
-        # Of a longer video the last frame is left out where decord reads all but that.
-        last = ((info.frames > frames and info.by_decord) or info.frames) - 1
-        return [np.linspace(0, last, frames).round().astype(int)]
+        # Of a longer video only what decord reads, which may be all but the last frame.
+        most = info.by_decord if info.frames > frames and info.by_decord else info.frames
+        return [np.linspace(0, most - 1, frames).round().astype(int)]
     times = info.seconds()
     room = max(0, int(times[-1] * fps + 1e-3) + 1 - frames)
     starts = np.linspace(0, room, windows).round() if windows > 1 else [room // 2]
@@ -371,7 +372,7 @@ def read_square(
         DamagedVideo: see `verify`.
     """
     info = info or verify(path)
-    kept = _kept(info, frames, fps, windows)
+    kept = _frames_to_read(info, frames, fps, windows)
     out = torch.empty(len(kept) * frames, size, size, 3, dtype=torch.uint8)
     read = (pixels for index in kept for pixels in frames_of(path, index, info))
     for row, pixels in zip(out, read, strict=True):

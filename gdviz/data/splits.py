@@ -36,8 +36,8 @@ def split_by_group(videos: list[Video], name: str, *, seed: int = 0) -> list[str
         if video.label:
             counts[video.group][video.label] += 1
     tested = _draw(counts, name, seed)
-    parts = {True: ("test", ""), False: ("train", "unlabelled")}
-    return [parts[video.group in tested][not video.label] for video in videos]
+    labelled, others = {True: "test", False: "train"}, {True: "", False: "unlabelled"}
+    return [(labelled if v.label else others)[v.group in tested] for v in videos]
 
 
 def _check_classes(videos: list[Video], name: str) -> None:
@@ -73,32 +73,33 @@ def _check_given(videos: list[Video], name: str) -> None:
 
 
 def _draw(counts: Counts, name: str, seed: int) -> set[str]:
-    """Return groups to test on: drawn one by one, or, where that fails, around a few found."""
+    """Draw groups to test on; where some class is left out, begin with those a search finds."""
     total: Counter[str] = Counter()
-    for held in counts.values():
-        total.update(held)
+    for own in counts.values():
+        total.update(own)
     wanted = {label: max(1, round(SHARE * count)) for label, count in total.items()}
     order = [str(group) for group in np.random.default_rng(seed).permutation(sorted(counts))]
+    # Groups with more of a class than is wanted come last.
     order.sort(key=lambda group: any(n > wanted[label] for label, n in counts[group].items()))
 
-    def around(needed: set[str]) -> set[str]:
-        chosen, tested = set(needed), Counter()
-        for group in needed:
+    def completed(begun: set[str]) -> set[str]:
+        """Add groups in the order drawn, as long as they help and leave two videos a class."""
+        chosen, tested = set(begun), Counter()
+        for group in begun:
             tested.update(counts[group])
         for group in order:
-            held = counts[group]
-            fits = all(total[label] - tested[label] - n >= 2 for label, n in held.items())
-            first = any(not tested[label] for label in held)
-            of_use = sum(n for label, n in held.items() if tested[label] < wanted[label])
-            if group not in chosen and fits and (first or 2 * of_use > held.total()):
+            own = counts[group]
+            leaves_two = all(total[label] - tested[label] - n >= 2 for label, n in own.items())
+            new_class = any(not tested[label] for label in own)
+            lacking = sum(n for label, n in own.items() if tested[label] < wanted[label])
+            if group not in chosen and leaves_two and (new_class or 2 * lacking > own.total()):
                 chosen.add(group)
-                tested.update(held)
+                tested.update(own)
         return chosen
 
-    chosen = around(set())
-    if set().union(*(counts[group] for group in chosen)) == set(total):
-        return chosen
-    return around(_search(counts, total, name))
+    chosen = completed(set())
+    missed = set(total).difference(*(counts[group] for group in chosen))
+    return completed(_search(counts, total, name)) if missed else chosen
 
 
 def _search(counts: Counts, total: Counter[str], name: str) -> set[str]:

@@ -32,7 +32,7 @@ VERSION = 4  # raise when decoding, resizing or the caches change: older caches 
 def some_of(rows: Int[Tensor, " n"], most: int) -> Int[Tensor, " m"]:
     """Return ``rows``, or ``most`` of them, drawn at random and always the same.
 
-    Every so manieth would miss classes in a set whose classes take turns.
+    Taking every tenth, say, would miss classes where classes take turns.
     """
     if len(rows) <= most:
         return rows
@@ -83,10 +83,8 @@ class VideoSet:
         if numbers.ndim == 2 and not np.isin(numbers, (-1, 0, 1)).all():
             raise UserError("labels: several a video are 0 or 1 for each class")
         count = len(pixels)
-        groups, splits = (
-            tuple(map(str, values))
-            for values in (range(count) if groups is None else groups, splits)
-        )
+        groups = tuple(map(str, range(count) if groups is None else groups))
+        splits = tuple(map(str, splits))
         for what, values in {"labels": numbers, "splits": splits, "groups": groups}.items():
             if len(values) != count:
                 raise UserError(f"{what}: {len(values)} for {count} videos")

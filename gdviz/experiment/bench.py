@@ -48,6 +48,8 @@ class Racer(NamedTuple):
         clips = self.clip.repeat(batch, 1, 1, 1, 1)
         if clips.is_cuda:
             return lambda: (self.run(clips), torch.cuda.synchronize(clips.device))
+        if clips.is_mps:
+            return lambda: (self.run(clips), torch.mps.synchronize())
         return lambda: self.run(clips)
 
 

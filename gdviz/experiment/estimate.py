@@ -53,7 +53,8 @@ def clip_seconds(
 
     The better of two rounds, after one that warms up; on a CPU, of four clips.
     """
-    batch = schedule.batch if device.startswith("cuda") else min(schedule.batch, 4)
+    part = -(-schedule.batch // schedule.accumulate)
+    batch = part if device.startswith("cuda") else min(part, 4)
     dtype = DTYPES[schedule.precision]
     model = model.to(device).train()
     clips = torch.randn(batch, 3, view.length, view.size, view.size, device=device)
@@ -68,7 +69,7 @@ def clip_seconds(
                 torch.autocast(clips.device.type, dtype, enabled=dtype is not None),
             ):
                 loss = torch.stack([part.float().mean() for part in model(clips)]).sum()
-            if trained and optimiser is not None:
+            if trained and optimiser is not None and loss.requires_grad:
                 loss.backward()
                 optimiser.step()
             float(loss.detach())  # waits for a GPU
@@ -94,21 +95,21 @@ def hours_of(profile: Profile, count: dict[str, int], device: str) -> dict[str, 
     answered = (training + count["test"]) * profile.view.clips
     teachers, costs = 0.0, {}
     for task in cfg.tasks:
-        home = split_home(task)[1]
-        known = home in profile.motion.domains
-        own = classes * cfg.home_labelled if known else labelled
-        seen = own + classes * cfg.home_unlabelled if known else training
-        source = find_source(task)
-        kind = task if isinstance(source, OwnBackbone) else cfg.backbone
+        home, source = split_home(task)[1], find_source(task)
+        pretrained_on, fitted_on = training, labelled  # videos
+        if home in profile.motion.domains:
+            fitted_on = classes * cfg.home_labelled
+            pretrained_on = fitted_on + classes * cfg.home_unlabelled
+        fits = 1 if home else 1 + cfg.folds
+        kind, clips = cfg.backbone, fits * clips_trained(cfg.fit, fitted_on)
+        if isinstance(source, OwnBackbone):  # it is there already, and perhaps its head
+            kind, clips = task, 0 if source.fitted else clips
+        else:
+            clips += clips_trained(cfg.pretrain, pretrained_on)
         if kind not in costs:
             model = build_teacher(task, cfg, classes)
             costs[kind] = clip_seconds(model, profile.view_of(task), cfg.pretrain, device)
         train, answer = costs[kind]
-        clips = clips_trained(cfg.fit, own) * (1 if home else cfg.folds + 1)
-        if isinstance(source, OwnBackbone):  # it is there already, and perhaps its head
-            clips *= not source.fitted
-        else:
-            clips += clips_trained(cfg.pretrain, seen)
         teachers += train * clips + answer * answered
     student = build_student(distillation.student, classes)
     train, answer = clip_seconds(student, profile.view, distillation.schedule, device)

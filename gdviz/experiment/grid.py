@@ -151,18 +151,17 @@ def execute(plan: Plan, out: Path, cache: Path, device: str, workers: Workers) -
     a student, with the setting, the draw and its network; ``edges.csv`` one row a setting, draw and
     kind of edges: how often their mixture is right on unlabelled clips, and the weight at home.
     """
-    settings = plan.runs(out, cache, device)
-    for n, (name, runs) in enumerate(zip(plan.settings, settings, strict=True)):
+    done: list[tuple[str, int, Run]] = []
+    earlier: list[list[Run]] = [[] for _ in plan.draws]  # runs so far of each draw
+    for name, runs in zip(plan.settings, plan.runs(out, cache, device), strict=True):
         for run in runs:
             if run.data:  # decoded once, by all workers, before draws that may share it begin
                 run.videos(workers)
-        jobs = [(run, [made[i] for made in settings[:n]]) for i, run in enumerate(runs)]
+        jobs = list(zip(runs, earlier, strict=True))
         over_processes(_one, jobs, workers, title=name, unit="draw")
-    done = [
-        (name, draw, run)
-        for name, runs in zip(plan.settings, settings, strict=True)
-        for draw, run in zip(plan.draws, runs, strict=True)
-    ]
+        for draw, run, made in zip(plan.draws, runs, earlier, strict=True):
+            made.append(run)
+            done.append((name, draw, run))
     tables = [_results(run).assign(setting=name, draw=draw) for name, draw, run in done]
     results = pd.concat(tables, ignore_index=True)
     save_results(out / "results.csv", results)

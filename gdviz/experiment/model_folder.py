@@ -138,9 +138,8 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
         shutil.rmtree(out, ignore_errors=True)
         part.rename(out)
     except OSError as error:
-        raise UserError(
-            f"--out {out}: {error}; free some space or choose another folder"
-        ) from error
+        advice = "free some space or choose another folder"
+        raise UserError(f"--out {out}: {error}; {advice}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return card

@@ -139,9 +139,8 @@ def report(folder: Path) -> str:
     if (folder / "edges.csv").exists():
         edges = _read(folder / "edges.csv").dropna(subset=["target"])
         if len(edges):
-            kept: Any = edges.groupby(["setting", "edges"], sort=False)[
-                ["target", "at_home"]
-            ].mean()
+            shares = ["target", "at_home"]
+            kept: Any = edges.groupby(["setting", "edges"], sort=False)[shares].mean()
             kept.index = ["/".join(i) for i in kept.index]
             shown = (100 * kept).map("{:.1f}".format)
             text += ["## Targets on unlabelled clips, %, mean over draws", ""]

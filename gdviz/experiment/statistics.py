@@ -63,10 +63,8 @@ def compare(
         gain = unit * (wide[better] - wide[than]).dropna()
         low, high = interval(gain.tolist())
         row = {"better": better, "than": than, "n": len(gain), "difference": gain.mean()}
-        rows.append(
-            row
-            | {"low": low, "high": high, "won": (gain > 0).mean(), "p": sign_flip(gain.tolist())}
-        )
+        row |= {"low": low, "high": high, "won": (gain > 0).mean(), "p": sign_flip(gain.tolist())}
+        rows.append(row)
     found = pd.DataFrame(rows)
     return found.assign(p_holm=holm(found["p"].tolist())) if len(found) else found
 

@@ -83,9 +83,8 @@ def train_teacher(run: Run, seed: int, task: str, bar: bool = False) -> None:
     row |= scores(logits, truth)
     row["out_of_fold"] = accuracy(readout.at("logits", labelled), videos.labels[labelled])
     cases, answers = as_cases(logits, truth)
-    row["calibration_error"] = calibration_error(
-        torch.softmax(cases / readout.temperature, 1), answers
-    )
+    probs = torch.softmax(cases / readout.temperature, 1)
+    row["calibration_error"] = calibration_error(probs, answers)
     every = torch.arange(len(videos.splits))
     row |= audit(videos, readout.at("logits", every), readout.at("features", every))
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -122,7 +121,7 @@ def learn_graphs(run: Run, seed: int, edges: str) -> None:
 
 
 def _edges_of(method: type[Method]) -> str:
-    """Return the edges that a method is taught under; of shuffled teachers they are their own."""
+    """Return the kind of edges a method learns under; shuffled teachers have their own kind."""
     return "shuffled" if method.shuffled else method.edges
 
 

@@ -162,9 +162,12 @@ class Batch:
         (u, v), self.error, self.iterations = found
         self.log_u, self.log_v = u.log(), v.log()
 
-    def solve_anew(self, which: Tensor) -> None:
-        """Solve columns by Newton's method, from a rough solution at a larger eps."""
-        index = which.nonzero().squeeze(1)
+    def finish(self, restart: Tensor) -> None:
+        """Solve all columns that are left by Newton's method, in each of the potentials.
+
+        Those of ``restart`` begin at a rough solution of the same problem at a larger eps.
+        """
+        index = restart.nonzero().squeeze(1)
         # with all iterations spent, only what is not even begun is started
         spent = self.iterations >= self.max_iter and bool(self.error[index].isfinite().all())
         if len(index) and not spent:
@@ -212,8 +215,10 @@ def solve(
         batch = Batch(a, b, cost, eps, tol, max_iter)
         if batch.kernel.fits:
             batch.iterate_scalings(guess)
-        batch.solve_anew(~(batch.error + batch.log_u.sum(0) + batch.log_v.sum(0)).isfinite())
-        batch.solve_anew(batch.error > batch.tol)
+        # Broken (NaN or infinite), or not begun, where the kernel does not fit.
+        unusable = ~(batch.error + batch.log_u.sum(0) + batch.log_v.sum(0)).isfinite()
+        batch.finish(restart=unusable)
+        batch.finish(restart=batch.error > batch.tol)
         return batch.result()
 
 

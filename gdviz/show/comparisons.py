@@ -144,9 +144,8 @@ def plot_tradeoff(results: pd.DataFrame, x: str = "latency_ms", ax: plots.Place 
     ax.margins(0.9, 0.15)
     cheap = points[:, 0] <= np.sqrt(points[:, 0].min() * points[:, 0].max())
     for side, half in ((-1, np.flatnonzero(cheap)), (1, np.flatnonzero(~cheap))):
-        plots.name_points(
-            ax, [names[k] for k in half], points[half], [colours[k] for k in half], side
-        )
+        own, shades = [names[k] for k in half], [colours[k] for k in half]
+        plots.name_points(ax, own, points[half], shades, side)
     return ax
 
 
@@ -179,16 +178,9 @@ def plot_front(table: Any, x: str = "ms", ax: plots.Place = None) -> Axes:
         ax.annotate(network, (rows[x].iloc[0], lowest), (0, -9), ha="center", **plots.OFFSET)
     best = table.sort_values([x, "mean"], ascending=[True, False])
     best = best[best["mean"] > best["mean"].cummax().shift(fill_value=-1)]
-    ax.step(
-        [*best[x], table[x].max()],
-        [*best["mean"], best["mean"].max()],
-        "--",
-        c=plots.FAINT,
-        where="post",
-        lw=1,
-        zorder=1,
-        label="Pareto front",
-    )
+    ends = [*best[x], table[x].max()], [*best["mean"], best["mean"].max()]
+    front: dict[str, Any] = {"c": plots.FAINT, "lw": 1, "zorder": 1, "label": "Pareto front"}
+    ax.step(*ends, "--", where="post", **front)
     _against_cost(ax, x)
     ax.margins(0.12)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)

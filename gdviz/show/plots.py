@@ -99,7 +99,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def axes_or_new(ax: Place, width: float = 5.6, height: float = 3.6) -> Axes:
-    """Return ``ax``, or of a new figure of so many inches the only one."""
+    """Return ``ax``, or the axes of a new figure of ``width`` by ``height`` inches."""
     return plt.subplots(figsize=(width, height))[1] if ax is None else ax
 
 
@@ -124,7 +124,7 @@ def name_points(ax: Axes, names: Any, points: np.ndarray, colours: Names, side: 
 
 
 def as_text(names: Sequence[Any]) -> list[str]:
-    """Return names of classes as matplotlib draws them letter by letter: one may be pay_$^$."""
+    """Return class names with ``$`` escaped: matplotlib would read ``pay_$^$`` as a formula."""
     return [str(name).replace("$", r"\$") for name in names]
 
 
@@ -293,9 +293,8 @@ def plot_representation_graph(graph: nx.Graph, ax: Place = None) -> Axes:
         for (row, column), text in cells.items():
             shade = norm(edge["weight"]) > 0.45 and row >= column
             look = {"color": "white" if shade else INK, "fontsize": SMALL} | _CENTRED
-            ax.text(
-                across[column] + side / 2, down[row] - side / 2, text.replace("0.", "."), **look
-            )
+            x, y = across[column] + side / 2, down[row] - side / 2
+            ax.text(x, y, text.replace("0.", "."), **look)
     ax.pcolormesh(across, down, values, cmap=WEIGHTS, norm=norm, zorder=0)
     for k, name in enumerate(names):
         look = {"fontsize": min(size, max(SMALL, 0.85 * side))}

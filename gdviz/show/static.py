@@ -96,11 +96,9 @@ def _pictures(figure: Figure, still: Image.Image) -> list[Image.Image]:
         return [still.quantize(128)]  # colours: a third of the bytes
     ax, frames = _PLAYING[figure]
     left, bottom, right, top = map(round, ax.get_window_extent().extents)
-    pictures = []
+    pictures, size = [], (right - left, top - bottom)
     for frame in frames:
-        small = Image.fromarray(frame).resize(
-            (right - left, top - bottom), Image.Resampling.NEAREST
-        )
+        small = Image.fromarray(frame).resize(size, Image.Resampling.NEAREST)
         pictures.append(still.copy())
         pictures[-1].paste(small, (left, still.height - top))
     return pictures
@@ -113,9 +111,8 @@ def shown(title: str, figure: Figure, numbers: Mapping[str, float | str]) -> dic
     canvas = FigureCanvasAgg(figure)
     with plots.style():
         canvas.draw()
-    first, *more = _pictures(
-        figure, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    )
+    still = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    first, *more = _pictures(figure, still)
     moving: dict[str, Any] = {"save_all": True, "append_images": more, "duration": 160, "loop": 0}
     first.save(small, "png", **moving if more else {})
     words = {k: v if isinstance(v, str) else f"{v:.3g}" for k, v in numbers.items()}

@@ -260,12 +260,9 @@ class BandwidthExplorer(Explorer):
         left.set(xlabel="kernel between two clips", ylabel="density", xlim=(0, 1))
         left.legend(ncols=3, **ABOVE)
         values, slopes = np.array(self.curves(pair)).T
-        right.plot(
-            self.multiples, values / abs(values).max(), "o-", ms=4, label="MMD² / its maximum"
-        )
-        right.plot(
-            self.multiples, slopes / slopes.max(), "s--", ms=4, label="gradient norm / its maximum"
-        )
+        values, slopes = values / abs(values).max(), slopes / slopes.max()
+        right.plot(self.multiples, values, "o-", ms=4, label="MMD² / its maximum")
+        right.plot(self.multiples, slopes, "s--", ms=4, label="gradient norm / its maximum")
         right.axvline(multiple, color=plots.INK, lw=1)
         right.set(xscale="log", xlabel="bandwidth / median squared distance")
         right.legend(ncols=2, **ABOVE)
@@ -354,16 +351,13 @@ class ClipExplorer(Explorer):
         speakers = [f"{plots.short(n)}  {w:.2f}" for n, w in zip(names, weights, strict=True)]
         labels = plots.as_text([plots.short(look.videos.label_names[c]) for c in classes.tolist()])
         frame = pd.DataFrame(said[:, classes], [*speakers, "consensus", "student"], labels)
-        sns.heatmap(
-            frame, vmin=0, vmax=1, cmap="cividis", ax=says, cbar_kws={"label": "probability"}
-        )
+        bar = {"label": "probability"}
+        sns.heatmap(frame, vmin=0, vmax=1, cmap="cividis", ax=says, cbar_kws=bar)
         says.tick_params(labelsize=7)
         one = probs[None], weights[None], self.student[clip, None]
         plots.plot_logits_graph(look.graphs.logits.to_networkx(*one), left, vmax=1.0)
-        space = look.graphs.representation
-        plots.plot_representation_graph(
-            space.to_networkx(edges.pairs[moment], self.distances), right
-        )
+        pairs = look.graphs.representation.to_networkx(edges.pairs[moment], self.distances)
+        plots.plot_representation_graph(pairs, right)
         label, words = int(look.videos.labels[row]), look.videos.label_names
         why = ", ".join(f"{n} {c:.2f}" for n, c in zip(names, self.against[clip], strict=True))
         return {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
+from jaxtyping import Int
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -67,12 +68,17 @@ class Lesson:
     cfg: Distillation
     device: str
 
+    @cached_property
+    def labelled(self) -> Int[Tensor, " n"]:
+        """Rows of the labelled training videos."""
+        return self.videos.rows("train")
+
     def pick(self, method: Method, rows: Tensor, rng: Generator) -> tuple[Tensor, int]:
         """Return the videos of a step, and how many of them, the first ones, count as labelled.
 
         Labelled videos are drawn beside ``rows``, or instead of them for a method of labels only.
         """
-        labelled, count = self.videos.rows("train"), self.cfg.labelled_batch
+        labelled, count = self.labelled, self.cfg.labelled_batch
         drawn = labelled[torch.randint(len(labelled), (count + len(rows),), generator=rng)]
         if method.unlabelled:
             return torch.cat([drawn[:count], rows]), count

@@ -6,6 +6,7 @@ training is therefore learned before it, once for all students of a seed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -97,32 +98,33 @@ def learn_edges(
     within each fold (features of different folds live in different spaces) on a random half of
     its clips, and averaged over folds and over the moments so far.
     """
-    probs, labels = bank.probs(), bank.labels
-    c = g.evidence(probs, labels, logits_graph.cost, alpha=cfg.alpha)
-    prior = g.teacher_prior(probs, labels, logits_graph.cost)
-    gates = g.fit_gate(probs, labels, prior, rho=cfg.rho, steps=cfg.gate_steps, floor=cfg.floor)
-    gated = (
-        g.closed_form(c, eta=cfg.eta, log_prior=gate(probs).log().detach(), floor=cfg.floor)
-        for gate in gates
-    )
-    rows = torch.arange(len(bank.fold)) if rows is None else rows
     if cfg.components and bank.cases_each > 1:
         needs = "routing needs one label a video; take --distillation.edges.components 0"
         raise UserError(f"--distillation.edges.components {cfg.components}: {needs}")
-    found = route(bank, rows, cfg.components, seed=seed) if cfg.components else gated
-    rng = Generator().manual_seed(seed)
-    weights, consensus, temperatures, pairs, agreement = [], [], [], [], []
+    found = _gated(bank, logits_graph.cost, cfg)
+    if cfg.components:
+        every = torch.arange(len(bank.fold))
+        found = route(bank, every if rows is None else rows, cfg.components, seed=seed)
+    rng, moments, agreement = Generator().manual_seed(seed), [], []
     for w in islice(found, cfg.refreshes):
         with torch.no_grad():
-            weights.append(w)
             # Under weights that differ little from clip to clip teachers stay as calibrated.
             t = bank.recalibrated(w) if cfg.components else torch.ones(len(bank.teachers))
-            temperatures.append(t)
-            consensus.append(_consensus(bank, logits_graph, w, t))
             agreement.append(_pair_agreement(bank, representation_graph, rng))
             mean = torch.stack(agreement).mean(0)
-            pairs.append(g.closed_form(-mean, eta=cfg.eta_pairs, floor=cfg.floor))
-    return Edges(*map(torch.stack, (weights, consensus, pairs, temperatures)))
+            v = g.closed_form(-mean, eta=cfg.eta_pairs, floor=cfg.floor)
+            moments.append((w, _consensus(bank, logits_graph, w, t), v, t))
+    return Edges(*map(torch.stack, zip(*moments, strict=True)))
+
+
+def _gated(bank: Bank, cost: Tensor, cfg: EdgesConfig) -> Iterator[Tensor]:
+    """Yield the closed form of the evidence at each moment of the gate, without end."""
+    probs, labels = bank.probs(), bank.labels
+    c = g.evidence(probs, labels, cost, alpha=cfg.alpha)
+    prior = g.teacher_prior(probs, labels, cost)
+    gates = g.fit_gate(probs, labels, prior, rho=cfg.rho, steps=cfg.gate_steps, floor=cfg.floor)
+    for gate in gates:
+        yield g.closed_form(c, eta=cfg.eta, log_prior=gate(probs).log().detach(), floor=cfg.floor)
 
 
 def fixed_edges(

@@ -202,7 +202,7 @@ class KDByLearnedEdges(Method):
         return every[bank.cases(batch.rows)]
 
     def temperatures(self, edges: Edges, moment: int) -> Tensor | None:
-        """Return what divides each teacher's logits, where its weights were known before."""
+        """Return what divides each teacher's logits: the edges' own, or what fits ``fixed``."""
         return edges.temperatures[moment] if self.fixed is None else self.calibrated
 
     def losses(self, batch: Batch, bank: Bank, edges: Edges, moment: int) -> dict[str, Tensor]:
@@ -229,10 +229,10 @@ class KDByPolicy(KDByLearnedEdges):
         if not self.follows:
             probs, labels = setting.bank.probs(), setting.bank.labels
             self.fixed = type(self).policy(probs, labels, None)
-            # A weight that has seen a clip's label would hide the teacher's mistake on it from its
-            # calibration: that is under the weights of the same clips without their labels.
-            twice = torch.cat([probs, probs]), torch.cat([labels, torch.full_like(labels, -1)])
-            unseen = type(self).policy(*twice, None)[len(labels) :]
+            # Calibrated under weights that have not seen the label of the clip they weigh, and so
+            # cannot hide a mistake on it: every clip comes again, as one without a label.
+            again = torch.cat([probs, probs]), torch.cat([labels, torch.full_like(labels, -1)])
+            unseen = type(self).policy(*again, None)[len(labels) :]
             self.calibrated = setting.bank.recalibrated(unseen)
 
     def temperatures(self, edges: Edges, moment: int) -> Tensor | None:
@@ -243,7 +243,7 @@ class KDByPolicy(KDByLearnedEdges):
             return super().weights(batch, bank, edges, moment)
         each, cases = bank.cases_each, bank.cases(batch.rows)
         student = torch.softmax(batch.logits.detach() / self.cfg.temperature, 1)
-        probs = bank.probs(self.cfg.temperature)[cases].to(student)
+        probs = torch.softmax(bank.logits[cases] / self.cfg.temperature, -1).to(student)
         # Of several labels the cases of a video are one distribution, over (class, is it there?).
         video = probs.unflatten(0, (-1, each)).transpose(1, 2).flatten(2) / each  # (b, k, each c)
         own = student.unflatten(0, (-1, each)).flatten(1) / each

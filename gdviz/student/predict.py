@@ -148,17 +148,21 @@ class Reel:
 def cut(
     reel: Reel, size: int, window: float | None, every: float | None
 ) -> Iterator[tuple[Stretch, float]]:
-    """Yield stretches of a reel, each with where it ends, as soon as it does."""
+    """Yield stretches of a reel, each with where it ends, as soon as it does.
+
+    One begins every ``every`` seconds (None: only one) and lasts ``window`` (None: to the end).
+    """
     running: list[Stretch] = []
     begun = 0.0
     for now, frame in reel:
         while running and window and now >= running[0].start + window:
             done = running.pop(0)
             yield done, done.start + window
-        if reel.count == 1 or (every and now >= begun + every):
+        if reel.count == 1:
+            begun, running = now, [Stretch(now)]
+        elif every and now >= begun + every:
             # A gap in the time stamps may be longer than a stretch.
-            steps = max(1, (now - begun) // every) if every else 0
-            begun = now if reel.count == 1 or not every else begun + every * steps
+            begun += every * max(1, (now - begun) // every)
             running.append(Stretch(begun))
         pixels = None
         if any(stretch.wants() for stretch in running):

@@ -121,12 +121,9 @@ def _memberships(space: np.ndarray, rows: Tensor, components: int, seed: int) ->
 
 
 def _novelties(features: list[Tensor], homes: tuple[Tensor | None, ...]) -> Float[Tensor, "n k"]:
-    """Return every teacher's; one that cannot say gets the mean of the others, and at last 0."""
-    found = torch.stack(
-        [
-            novelty(x, home) if home is not None else x.new_full(x.shape[:1], torch.nan)
-            for x, home in zip(features, homes, strict=True)
-        ],
-        1,
-    )
+    """Return every teacher's novelty; where one is unknown, the mean of the known ones, or 0."""
+    found = torch.full((len(features[0]), len(features)), torch.nan)
+    for k, home in enumerate(homes):
+        if home is not None:
+            found[:, k] = novelty(features[k], home)
     return torch.where(found.isnan(), found.nanmean(1, keepdim=True), found).nan_to_num(0.0)

@@ -131,7 +131,8 @@ def gradient_space(probs: Probs, labels: Labels, student_probs: Tensor) -> Weigh
     ``1 / K`` where it must be.
     """
     g = (student_probs[:, None] - probs).mean(0)
-    found = capped_simplex_minimum(g @ g.mT, torch.zeros_like(g[:, 0]), max(0.6, 1 / len(g)))
+    products = (g[:, None] * g).sum(-1)  # no matrix product: autocast would round it
+    found = capped_simplex_minimum(products, torch.zeros_like(g[:, 0]), max(0.6, 1 / len(g)))
     return found.expand_as(probs[..., 0])
 
 

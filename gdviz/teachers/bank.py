@@ -35,8 +35,9 @@ VERSION = 2  # raise when what is kept changes
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module computes; the CPU if it has no parameters."""
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+    """Return where a module computes; the CPU if it holds no tensor."""
+    held = (*module.parameters(), *module.buffers())
+    return next((x.device for x in held), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -111,23 +112,21 @@ class Readout:
     def at(self, name: str, rows: Tensor, clips: Tensor | None = None) -> Float[Tensor, "b _"]:
         """Return means over clips of ``logits``, ``features`` or ``held`` of these videos.
 
-        With ``clips`` those of clip ``clips[i]`` of video ``rows[i]``. ``held`` means features out
-        of fold, where a video has a fold, and else ``features``; always means.
+        With ``clips``, the values of clip ``clips[i]`` of video ``rows[i]``; not so for ``held``:
+        features out of fold where a video has a fold, else its plain features, always averaged.
         """
-        if name == "held":
-            out, wanted = self.at("features", rows), self.fold[rows] >= 0
-        else:
-            out = torch.empty(len(rows), self.parts[0][name].shape[-1])
-            wanted = torch.ones_like(rows, dtype=torch.bool)
-        for n in (rows[wanted] // PART).unique().tolist():
-            here, part = wanted & (rows // PART == n), self.parts[n]
+        stored = "features" if name == "held" else name
+        out = torch.empty(len(rows), self.parts[0][stored].shape[-1])
+        for n in (rows // PART).unique().tolist():
+            here, part = (rows // PART == n).nonzero().squeeze(1), self.parts[n]
             place = rows[here] % PART
-            if name == "held":
-                place = (part["fold"] >= 0).cumsum(0)[place] - 1
-            elif clips is not None:
+            if clips is not None and name != "held":
                 out[here] = part[name][place, clips[here]].float()
-                continue
-            out[here] = part[name][place].float().mean(1)
+            else:
+                out[here] = part[stored][place].float().mean(1)
+            if name == "held":  # over what was just written
+                known, row = part["fold"][place] >= 0, (part["fold"] >= 0).cumsum(0) - 1
+                out[here[known]] = part["held"][row[place[known]]].float().mean(1)
         return out
 
     @classmethod
@@ -263,7 +262,7 @@ class Bank:
     logits: Float[Tensor, "m k c"]  # calibrated means over clips
     labels: Int[Tensor, " m"]  # of the labelled training part, else -1: no other is passed on
     fold: Int[Tensor, " n"]  # cross-fitting fold of a labelled video, else -1
-    dealt: Int[Tensor, " n"] | None = None  # the video that row i is told of, where shuffled
+    dealt: Int[Tensor, " n"] | None = None  # where shuffled: whose outputs row i is given
 
     @property
     def cases_each(self) -> int:
@@ -283,9 +282,8 @@ class Bank:
     @property
     def targets(self) -> Int[Tensor, "n ..."]:
         """Return the labels by video, as those of the set."""
-        return (
-            self.labels if self.cases_each == 1 else self.labels.unflatten(0, (len(self.fold), -1))
-        )
+        each = self.cases_each
+        return self.labels if each == 1 else self.labels.unflatten(0, (-1, each))
 
     @property
     def dims(self) -> list[int]:
@@ -339,23 +337,19 @@ class Bank:
 
     def with_impostors(self) -> Bank:
         """Return the bank with a constant teacher and a liar, who shifts the last one's classes."""
-        last, names = self.readouts[-1], ("logits", "features", "held")
+        last, outputs = self.readouts[-1], ("logits", "features", "held")
+        flat = [part | {n: torch.zeros_like(part[n]) for n in outputs} for part in last.parts]
         lies = [part | {"logits": part["logits"].roll(1, -1)} for part in last.parts]
-        flat = [part | {n: torch.zeros_like(part[n]) for n in names} for part in last.parts]
-        more, every = (Readout(flat), replace(last, parts=lies)), torch.arange(len(self.fold))
-        said = _logits(more, every, None, self.cases_each > 1)
-        names = (*self.teachers, "constant", "liar")
-        return replace(
-            self,
-            teachers=names,
-            readouts=(*self.readouts, *more),
-            logits=torch.cat([self.logits, said], 1),
-        )
+        more = Readout(flat), replace(last, parts=lies)
+        said = _logits(more, torch.arange(len(self.fold)), None, self.cases_each > 1)
+        teachers, logits = (*self.teachers, "constant", "liar"), torch.cat([self.logits, said], 1)
+        readouts = (*self.readouts, *more)
+        return replace(self, teachers=teachers, readouts=readouts, logits=logits)
 
     def best_teacher(self) -> int:
         """Return which teacher is most often right out of fold: a choice without test labels.
 
-        Where most cases are "not there", the one that is least surprised by the labels.
+        Of several labels the one with the least cross-entropy: most cases are "not there".
         """
         known = self.labels >= 0
         logits, labels = self.logits[known], self.labels[known]

@@ -52,7 +52,8 @@ def pretrain(
     def step(rows: Tensor, rng: Generator, epoch: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         rng = distributed.own_generator(rng)
         clips = to_float(videos.batch(distributed.deal(rows), rng).to(device))
-        inputs, target = task.views(clips, rng)
+        with torch.autocast(clips.device.type, enabled=False):  # places of pixels need all digits
+            inputs, target = task.views(clips, rng)
         loss, metric = task(backbone, inputs, target)
         return loss, {task.metric: metric}
 

@@ -218,7 +218,7 @@ def test_lower_precision_and_compiled_parts(monkeypatch):
     train(module, step, torch.arange(8), plan, seed=0, compiled=[trunk])
     assert compiled == [trunk] and set(kinds) == {torch.bfloat16}
     assert {p.dtype for p in module.parameters()} == {torch.float32}
-    with pytest.raises(UserError, match="fp16: needs a GPU"):
+    with pytest.raises(UserError, match="fp16: needs an NVIDIA or AMD GPU"):
         train(*linear(), ROWS, replace(PLAN, precision="fp16"), seed=0)
 
 

@@ -11,7 +11,7 @@ from gdviz.core.files import UserError
 from gdviz.core.loop import train
 from gdviz.experiment import estimate, grid
 from gdviz.experiment.folder import Run
-from gdviz.teachers.own import OwnBackbone
+from gdviz.teachers.own import OwnBackbone, OwnClassifier, OwnView, Tapped
 
 SMOKE = PROFILES["smoke"]
 
@@ -92,3 +92,10 @@ def test_each_draw_has_data_of_its_own(tmp_path):
     assert [run.data for run in runs] == [tmp_path / f"list_{draw}.csv" for draw in (1, 2)]
     said = estimate.estimate(plan, [runs], "cpu")
     assert "9 train, 0 unlabelled, 3 test videos" in said and "hours of one process" in said
+
+
+def test_a_fitted_frozen_network_is_timed(monkeypatch):
+    net = nn.Sequential(nn.Conv3d(3, 4, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
+    teacher = OwnClassifier(Tapped(net, "1", OwnView(16, 4), logits="3"))
+    view = replace(SMOKE.view, size=16, length=4)
+    assert min(estimate.clip_seconds(teacher, view, Schedule(epochs=1), "cpu")) > 0

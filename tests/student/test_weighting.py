@@ -182,6 +182,13 @@ def test_gradient_space_is_solved_for_a_batch_as_in_the_paper(cast):
     assert (w[0] @ g).norm() <= (others @ g).norm(dim=1).min() + 1e-6
 
 
+def test_gradient_space_keeps_its_digits_within_autocast(cast):
+    probs, labels = cast
+    with torch.autocast("cpu", torch.bfloat16):
+        half = rules.gradient_space(probs, labels, student_of(probs))
+    assert torch.equal(half, rules.gradient_space(probs, labels, student_of(probs)))
+
+
 def test_trained_on_the_loss_collapses_on_the_constant_teacher_and_the_default_does_not(cast):
     """A student that starts vague; half of what a regulariser and a prior leave is still wrong."""
     good, labels = cast[0][:, 0], cast[1]

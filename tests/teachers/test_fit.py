@@ -13,6 +13,7 @@ from gdviz.teachers import bank as banks
 from gdviz.teachers import fit as fits
 from gdviz.teachers.backbones import build_backbone
 from gdviz.teachers.fit import fit_teacher, folds_of, pretrain
+from gdviz.teachers.pretext import TASKS
 
 
 def test_folds_balance_classes_and_keep_groups_together():
@@ -64,6 +65,22 @@ def test_pretraining_sees_no_label():
         assert torch.equal(value, b[0].state_dict()[name])
     with pytest.raises(UserError, match="unknown task 'jigsaw'"):
         pretrain("jigsaw", cfg, TINY.view, videos, seed=0)
+
+
+def test_views_are_made_in_full_precision(monkeypatch):
+    seen, real = [], TASKS["registration"].views
+
+    def spy(task, videos, rng):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(task, videos, rng)
+
+    monkeypatch.setattr(TASKS["registration"], "views", spy)
+    pixels = torch.randint(255, (8, 8, 16, 16, 3), dtype=torch.uint8).numpy()
+    videos = memory_set(pixels, [0, 1] * 4, ["train"] * 7 + ["test"])
+    short = replace(TINY.teachers.pretrain, epochs=1, min_steps=1, precision="bf16")
+    cfg = replace(TINY.teachers, pretrain=short)
+    pretrain("registration", cfg, View(size=16, frames=8, length=4), videos, seed=0)
+    assert seen and not any(seen)
 
 
 def test_a_teacher_with_a_home_is_fitted_there_alone_and_asked_of_all(monkeypatch):

@@ -20,7 +20,7 @@ from gdviz.core.files import UserError
 from gdviz.experiment.checks import check_profile
 from gdviz.student.edges import build_graphs
 from gdviz.teachers.backbones import Classifier, build_backbone
-from gdviz.teachers.bank import gather, predict, stamp_of
+from gdviz.teachers.bank import device_of, gather, predict, stamp_of
 from gdviz.teachers.fit import fit, fit_teacher
 from gdviz.teachers.own import (
     OwnBackbone,
@@ -437,3 +437,8 @@ def test_sources_are_found_by_name():
 def test_what_is_no_source_is_named(name, complaint):
     with pytest.raises(UserError, match=complaint):
         find_source(name)
+
+
+def test_a_network_of_buffers_alone_is_where_they_are():
+    net = nn.BatchNorm3d(3, affine=False)
+    assert device_of(OwnBackbone(Tapped(net, "", SMALL)).to("meta")).type == "meta"

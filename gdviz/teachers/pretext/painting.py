@@ -3,7 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.nn.functional import adaptive_avg_pool3d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from gdviz.core import distributed
 from gdviz.teachers.backbones import Backbone
@@ -78,7 +78,8 @@ class MaskedVideo(PretextTask):
     def cubes(self, clips: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b c p t2 g g"]:
         """Cut clips into the grid's cells, p = 2 * 3 * 3 values each."""
         grid, pixels = self.grid, self.grid * self.side
-        small = adaptive_avg_pool3d(clips[:, :, : self.length // 2 * 2], (None, pixels, pixels))
+        even = clips[:, :, : self.length // 2 * 2]
+        small = adaptive_avg_pool2d(even.flatten(0, 1), pixels).unflatten(0, even.shape[:2])
         cut = small.unflatten(2, (-1, 2)).unflatten(4, (grid, -1)).unflatten(6, (grid, -1))
         # (b, c, t2, 2, g, side, g, side): a cell's own axes move before those of the grid
         return cut.movedim((3, 5, 7), (2, 3, 4)).flatten(2, 4)
