@@ -19,7 +19,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdviz.config import Profile, View
-from gdviz.core.files import UserError
+from gdviz.core.files import UserError, in_a_line
 from gdviz.core.names import resolve
 from gdviz.data.clips import to_float
 from gdviz.data.reading import DamagedVideo, read_square, verify
@@ -139,7 +139,7 @@ def contenders(
     classes. It sees clips in its own ``view`` if it has one, the others in ``view``.
 
     Raises:
-        UserError: unknown name.
+        UserError: unknown name, or one that builds no network.
     """
     found: dict[str, tuple[nn.Module, View]]
     found = {name: (build_student(name, classes), view) for name in students}
@@ -149,7 +149,13 @@ def contenders(
         found.setdefault(task if own else cfg.teachers.backbone, (net, view))
     found["all teachers"] = Together(teachers), view
     for name in yardsticks:
-        net = resolve(name, YARDSTICKS, "yardstick")(classes)
+        build = resolve(name, YARDSTICKS, "yardstick")
+        try:
+            net = build(classes)
+        except Exception as error:  # whatever a file of the user's raises
+            raise UserError(f"yardstick {name!r}: {in_a_line(error)}") from error
+        if not isinstance(net, nn.Module):
+            raise UserError(f"yardstick {name!r}: returns no network, but {type(net).__name__}")
         found.setdefault(name, (net, getattr(net, "view", view)))
     return found
 

@@ -213,6 +213,9 @@ def test_contenders_are_students_each_kind_of_teacher_all_of_them_and_yardsticks
     assert len(together(torch.zeros(1, 3, 8, 24, 24))) == 3
     net, own = found[yardsticks[1]]
     assert (net.classes, own.size, found["shift-small"][1]) == (5, 12, view)
+    for bad, said in (("math:pi", "TypeError: 'float'"), ("math:floor", "returns no network")):
+        with pytest.raises(UserError, match=f"yardstick '{bad}': {said}"):
+            contenders(cfg, (), (bad,), view, 5)
     with pytest.raises(UserError, match="unknown yardstick 'r3d_19'"):
         contenders(cfg, (), ("r3d_19",), view, 5)
     with pytest.raises(UserError, match="light-l"):
