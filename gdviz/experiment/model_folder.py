@@ -56,6 +56,13 @@ def clips_of(videos: VideoSet, rows: Tensor, view: View) -> Clips:
     return to_float(frames).transpose(1, 2)
 
 
+def spread_of(view: View) -> str:
+    """Return which frames of a video are seen, in words."""
+    if view.fps:
+        return f"of each {view.frames / view.fps:.1f} s, {view.fps:g} a second"
+    return "spread evenly over it, whatever its length"
+
+
 def _choose(run: Run, method: str, seed: int | None) -> dict[str, Any]:
     """Return the row of the results that is asked for; by default the headline's first seed."""
     students = run.results().query("kind == 'student'")
@@ -125,9 +132,7 @@ def export(run: Run, out: Path, method: str = "", seed: int | None = None) -> di
         about |= {"temperature": temperature, "several": several}
         save_json(part / "preprocessing.json", about)
         save_json(part / "labels.json", videos.label_names)
-        spread = f"of each {view.frames / (view.fps or 1):.1f} s, {view.fps:g} a second"
-        spread = spread if view.fps else "spread evenly over it, whatever its length"
-        card = about | {"int8": int8, "convolutions": convolutions, "spread": spread}
+        card = about | {"int8": int8, "convolutions": convolutions, "spread": spread_of(view)}
         card |= _check(part, classifier, videos, run)
         card |= _facts(run, row, videos, accuracy(logits, videos.labels[test]))
         (part / "README.md").write_text(CARD.format(**card), encoding="utf-8")

@@ -182,6 +182,7 @@ class Student:
             import onnxruntime
         except ImportError as error:
             raise CannotLabel(f"{error}; pip install 'gdviz[predict]'") from None
+        self.warning = ""  # of the last video: where it ended too early
         folder = Path(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -243,10 +244,10 @@ class Student:
             for stretch, end in cut(reel, size, window, every or window):
                 # What is left at the end is labelled if half of a stretch is there.
                 enough = not window or not labelled or end - stretch.start >= window / 2
-                enough = enough or reel.warning
                 if stretch.seen > 1 and enough:
                     yield self._prediction(name, stretch, end, reel.warning)
                     labelled += 1
+        self.warning = reel.warning
         if not labelled:
             told = f"; it {reel.warning}" if reel.warning else ""
             frames = f"{reel.count} frame{'s' * (reel.count != 1)} only"
@@ -326,8 +327,8 @@ def main(words: list[str] | None = None) -> int:
             window = args.window or (5.0 if live else None)
             for found in student.stream(video, window=window, every=args.every, raw=args.raw):
                 _show(found, args.format, writer)
-                if found.warning:
-                    print(f"{video}: {found.warning}; labelled so far", file=sys.stderr)
+            if student.warning:
+                print(f"{video}: {student.warning}; labelled so far", file=sys.stderr)
         except CannotLabel as error:
             print(f"{video}: {error}", file=sys.stderr)
             failed += 1

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,3 +282,11 @@ def test_compiled_networks_are_measured_where_there_is_a_compiler(capsys):
     rows = bench(models("light"), rounds=1)
     left_out = "light, compiled: left out" in capsys.readouterr().out
     assert {r["engine"] for r in rows} == ({"eager"} if left_out else {"eager", "compiled"})
+
+
+def test_a_call_waits_for_apple_s_gpu(monkeypatch):
+    waited = []
+    clip = SimpleNamespace(is_cuda=False, is_mps=True, repeat=lambda *_: clip)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(1))
+    Racer("net", "eager", lambda clips: None, clip).call(2)()
+    assert waited == [1]

@@ -72,6 +72,8 @@ def test_training_is_timed_with_its_gradient_and_answering_without(monkeypatch):
     net.fc.weight.register_hook(lambda grad: pass_by(2))
     training, answering = estimate.clip_seconds(net, SMOKE.view, Schedule(epochs=1), "cpu")
     assert (training, answering) == (3 / 4, 1 / 4)  # of four clips
+    parts = Schedule(epochs=1, batch=8, accumulate=4)
+    assert estimate.clip_seconds(net, SMOKE.view, parts, "cpu") == (3 / 2, 1 / 2)  # of a part
 
 
 def test_videos_are_counted_or_told(tmp_path):

@@ -82,6 +82,12 @@ def test_a_plan_that_cannot_work_is_refused_by_name(plan, line, said):
         grid.read_plan(plan(line))
 
 
+def test_videos_of_a_plan_lie_beside_it_from_wherever_it_is_read(plan, tmp_path, monkeypatch):
+    file = plan('draws = [1]\ndata = "mine.csv"')
+    monkeypatch.chdir(tmp_path)
+    assert grid.read_plan(Path(file.name)).data == tmp_path.resolve() / "mine.csv"
+
+
 def test_a_plan_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.toml: No such file"):
         grid.read_plan(tmp_path / "none.toml")

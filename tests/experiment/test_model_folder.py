@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gdviz.config import View
 from gdviz.core.files import UserError
 from gdviz.data.clips import clip_places, to_float
 from gdviz.experiment import model_folder as module
@@ -109,3 +110,8 @@ def test_several_labels_are_answered_one_by_one(exported_card, finished):
     p = student.probabilities(frames)
     student.about["several"], odds = False, p / (1 - p)
     np.testing.assert_allclose(odds / odds.sum(), student.probabilities(frames), atol=1e-5)
+
+
+def test_a_card_says_which_frames_are_seen():
+    assert module.spread_of(View()) == "spread evenly over it, whatever its length"
+    assert module.spread_of(View(frames=36, fps=12.0)) == "of each 3.0 s, 12 a second"

@@ -264,6 +264,7 @@ def test_the_newest_finished_run_comes_before_the_bundled_one(tmp_path, capsys):
         save_json(tmp_path / "runs" / name / "seed0/students/labels/result.json", result)
     assert find_run(tmp_path).folder.name == "new"
     said = capsys.readouterr().out
+    assert "runs/other is passed over: was made by another version" in said
     for words in ("runs/fewer is passed over: it has no student of kd", "one teacher", "several l"):
         assert words in said
     shutil.copytree(tmp_path / "runs/new", tmp_path / "runs/demo/main/101")  # of a plan

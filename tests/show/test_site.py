@@ -159,3 +159,10 @@ def test_the_whole_site_is_whole_and_small(tmp_path):
     assert sum(text.count("still({") for text in texts) >= 5
     size = sum(file.stat().st_size for file in (tmp_path / "site").rglob("*") if file.is_file())
     assert size < 30e6
+
+
+def test_only_a_site_is_replaced(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(SystemExit):
+        build_site.main(["--out", str(tmp_path)])
+    assert "holds no site" in capsys.readouterr().err and (tmp_path / "mine.txt").exists()

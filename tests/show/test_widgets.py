@@ -5,6 +5,7 @@ import io
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -207,6 +208,9 @@ def test_the_picker_takes_the_most_accurate_model_within_the_budget():
 
 def test_a_clip_beside_what_is_said_of_it(finished):
     look = open_finished(finished)
+    t = torch.linspace(0.2, 3, 6).view(3, 2)  # at each moment teachers are heard anew
+    edges = replace(look.graphs.edges, temperatures=t)
+    look = replace(look, graphs=replace(look.graphs, edges=edges))
     widget = widgets.ClipExplorer(look, look.test[:3])
     clip, names = int(look.test[1]), look.videos.label_names
     first, last = (widget.show(clip=1, moment=m) for m in (0, 2))
@@ -218,6 +222,9 @@ def test_a_clip_beside_what_is_said_of_it(finished):
     assert weights == pytest.approx(look.graphs.edges.teachers[2, clip].tolist(), abs=0.006)
     drawn = np.asarray(says.collections[0].get_array()).reshape(4, -1)
     np.testing.assert_allclose(drawn[2], consensus.numpy(), atol=1e-6)
+    np.testing.assert_allclose(drawn[:2], look.probs(2)[clip], atol=1e-6)
+    drawn = np.asarray(first[0].axes[1].collections[0].get_array()).reshape(4, -1)
+    np.testing.assert_allclose(drawn[:2], look.probs(0)[clip], atol=1e-6)
     before = [label.get_text() for label in first[0].axes[1].get_yticklabels()]
     assert before != [label.get_text() for label in says.get_yticklabels()]
 

@@ -13,7 +13,7 @@ from gdviz.core.files import UserError
 from gdviz.student.distill import Balance, distill
 from gdviz.student.losses import decoupled_kd_loss, kd_loss
 from gdviz.student.methods import METHODS, Batch, Method, Setting, find_method
-from gdviz.teachers.bank import Bank
+from gdviz.teachers.bank import Bank, calibration_temperature
 
 NAMES = ("order", "prediction")
 
@@ -159,15 +159,16 @@ def test_aekd_weighs_teachers_of_several_labels_by_all_classes_of_the_batch(sett
 
 @pytest.mark.parametrize("policy", ["camkd", "entropic", "ebkd", "kendall"])
 def test_a_policy_that_sees_labels_does_not_sharpen_calibrated_teachers(setting, policy):
-    """Labels are drawn from what the teachers say, so that every temperature is right at 1."""
+    """Each is calibrated and errs on clips of its own: under all of them its temperature is 1."""
     g = Generator().manual_seed(0)
-    logits = torch.randn(4000, 12, generator=g).mul(2)[:, None].expand(-1, 3, -1)
-    logits = logits + 0.1 * torch.randn(4000, 3, 12, generator=g)
-    labels = torch.multinomial(torch.softmax(logits[:, 0], -1), 1, generator=g)[:, 0]
+    labels = torch.randint(12, (4000,), generator=g)
+    logits = 2 * torch.eye(12)[labels][:, None] + torch.randn(4000, 3, 12, generator=g)
+    each = [calibration_temperature(z, labels) for z in logits.unbind(1)]
+    logits = logits / torch.tensor(each)[:, None]
     fold = torch.zeros(4000, dtype=torch.long)
     bank = Bank(("a", "b", "c"), setting.bank.readouts[:1] * 3, logits, labels, fold)
     method = METHODS[f"kd-{policy}"](replace(setting, bank=bank))
-    assert ((method.calibrated - 1).abs() < 0.06).all(), method.calibrated
+    assert ((method.calibrated - 1).abs() < 0.1).all(), method.calibrated
 
 
 def test_teachers_of_a_policy_are_softened_by_the_temperatures_under_its_weights(setting, batch):

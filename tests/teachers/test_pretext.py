@@ -274,6 +274,12 @@ def test_masked_scores_the_right_cubes_one_and_flat_ones_zero():
     assert float(task(backbone, inputs, target)[1]) == pytest.approx(1, abs=1e-2)
 
 
+@pytest.mark.parametrize("name", ["order", "coherence", "clip-order"])
+def test_clips_too_short_for_a_task_are_refused(name):
+    with pytest.raises(UserError, match="needs 4 frames or more"):
+        TASKS[name](8, 3, 1)
+
+
 @pytest.mark.parametrize(
     "name", ["order", "coherence", "pace", "clip-order", "rotation", "contrast"]
 )
