@@ -29,7 +29,7 @@ from gdviz.data.reading import DamagedVideo, frames_of, read_square, verify
 from gdviz.data.verified import Verdict, from_json, patience
 
 # Few videos in a shard keep all cores busy on small sets; few shards are few folders. Each open one
-# holds a file, of which a process may have 256 (macOS): opening it again takes microseconds.
+# holds a file, of which a process may have 256 (macOS); to open it again takes 50 microseconds.
 SHARD, SHARDS, OPEN = 16, 4096, 128
 REMAKE = "delete it to have it made again"
 
