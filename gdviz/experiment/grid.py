@@ -105,7 +105,7 @@ def _plan(words: dict[str, Any], file: Path) -> Plan:
     if not (isinstance(draws, list) and draws and all(isinstance(d, int) for d in draws)):
         raise UserError(f"{file}: draws: give numbers, one for each time that all is drawn anew")
     if len(set(draws)) < len(draws):
-        raise UserError(f"{file}: draws: each once")
+        raise UserError(f"{file}: draws: give each number once")
     measures = words.get("measures", ["accuracy"])
     if not (isinstance(measures, list) and measures and all(isinstance(m, str) for m in measures)):
         raise UserError(f'{file}: measures: give columns of the results, as ["accuracy"]')

@@ -73,7 +73,7 @@ def test_a_plan_changes_its_profile_by_flags(plan):
         ("draws = [", "plan.toml"),
         ('draws = [1]\ncontrasts = [["labels", "kd-unifrom"]]', "kd-unifrom"),
         ('draws = [1]\n[settings.a]\n"motion.domains" = ["fog"]', "--motion.domains fog"),
-        ("draws = [1, 2, 1]", "draws: each once"),
+        ("draws = [1, 2, 1]", "draws: give each number once"),
         ('draws = [1]\nmeasures = "accuracy"', "measures: give columns"),
     ],
 )
