@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -83,16 +84,15 @@ def quantise(path: Path, out: Path, clips: Sequence[Tensor]) -> tuple[int, int]:
         def get_next(self) -> dict[str, Any] | None:
             return next(self.left, None)
 
-    quantization.quantize_static(
-        path,
-        out,
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True,
-        op_types_to_quantize=["Conv"],
-        nodes_to_exclude=deep,
-        extra_options={"CalibMovingAverage": True},
-    )
+    how = {"quant_format": quantization.QuantFormat.QDQ, "per_channel": True}
+    how |= {"op_types_to_quantize": ["Conv"], "nodes_to_exclude": deep}
+    how |= {"extra_options": {"CalibMovingAverage": True}}
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises a preparation that PyTorch's exporter has done
+    try:
+        quantization.quantize_static(path, out, Reader(), **how)
+    finally:
+        logging.disable(before)
     whole, small = (logits_of(file, clips).mean(0) for file in (path, out))
     model = onnx.load(out)
     (last,) = (node for node in model.graph.node if "logits" in node.output)
