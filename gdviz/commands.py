@@ -93,7 +93,7 @@ def _run(words: list[str]) -> None:
     # A machine of a cluster has its own device, and a working directory of its own.
     device = args.device if args.cluster else _device(args.device)
     if distributed.world() > 1 and device not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: `torchrun` gives each process a GPU of its own; cuda")
+        raise UserError(f"--device {device}: `torchrun` gives each process a GPU; take cuda")
     whole = Path.resolve if args.cluster else Path
     workers = _workers(args.workers, device)
     folder = args.out or default_folder(args.settings, args.data)

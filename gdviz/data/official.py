@@ -144,7 +144,7 @@ def read_official(
 def save_list(videos: list[Video], file: Path) -> None:
     """Write a CSV for ``gdviz run --data``; raise UserError where videos have several classes."""
     if any(video.labels is not None for video in videos):
-        raise UserError(f"--csv {file}: a list has one class a video; give runs the folder itself")
+        raise UserError(f"--csv {file}: a list has one class a video; give the folder to gdviz run")
     rows = ((os.path.realpath(v.path), v.label, v.group, v.split) for v in videos)
     with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows([("path", "label", "group", "split"), *rows])

@@ -151,7 +151,9 @@ class Run:
             folders += [self.student_folder(seed, method) for method in self.profile.methods]
         rows = [load_json(folder / "result.json") for folder in folders if is_done(folder)]
         if not rows:
-            raise UserError(f"{self.folder}: holds nothing finished yet; start it again to go on")
+            raise UserError(
+                f"{self.folder}: holds nothing finished yet; the same `gdviz run` goes on"
+            )
         return pd.DataFrame(rows)
 
 

@@ -85,7 +85,7 @@ def open_finished(run: Run) -> Finished:
     seed, videos, results = run.profile.seeds[0], run.videos(), run.results()
     students = results.query("kind == 'student'")
     if not len(students):
-        raise UserError(f"{run.folder}: holds no finished student; start it again to go on")
+        raise UserError(f"{run.folder}: holds no finished student; the same `gdviz run` goes on")
     ours = students.query("headline")
     student = (ours if len(ours) else students).iloc[-1]
     folder, graphs = run.student_folder(seed, student["name"]), run.graphs(seed)
